@@ -58,7 +58,7 @@ def python_package_documents(
     found = [(package, source_files(package)) for package in packages]
     for package, files in found:
         for name, path in files:
-            text = _read_source(path, max_bytes_per_file)
+            text = read_source(path, max_bytes_per_file)
             if text is not None:
                 yield Document(name=name, text=text, group=package)
 
@@ -152,7 +152,8 @@ def _is_source(parts: tuple[str, ...]) -> bool:
     return parts[-1].endswith(".py") and "__pycache__" not in parts and ".." not in parts
 
 
-def _read_source(path: Path, max_bytes: int) -> str | None:
+def read_source(path: Path, max_bytes: int = MAX_BYTES_PER_FILE) -> str | None:
+    """Text of one file, or None where it is empty, too large, unreadable or not UTF-8."""
     try:
         if not path.is_file() or path.stat().st_size > max_bytes:
             return None
