@@ -1,0 +1,294 @@
+"""The recipe of a run: what to compress, to which budget, and the settings of every stage.
+
+Frozen and complete: each stage gets the whole recipe. Unknown keys, wrong types and impossible
+values are one line that names the key, the place and, for a misspelt key, the nearest valid one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from minipuzzle import units
+from minipuzzle.errors import UserError
+from minipuzzle.recipe_io import (
+    Place,
+    anchored,
+    explain,
+    merged,
+    override_mapping,
+    portable_model,
+    read_yaml,
+)
+
+Precision = Literal["nvfp4", "int4", "fp8", "bf16", "fp32"]
+
+
+def _checked_tokens(text: str) -> str:
+    return _valid(text, units.parse_tokens)
+
+
+def _checked_bytes(text: str) -> str:
+    return _valid(text, units.parse_bytes)
+
+
+def _checked_budget(text: str) -> str:
+    return _valid(text, units.parse_budget)
+
+
+def _valid(text: str, parse: Any) -> str:
+    """``text`` if ``parse`` takes it; ValueError (which pydantic collects) otherwise."""
+    try:
+        parse(text)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    return text
+
+
+def _text_of_number(value: Any) -> Any:
+    """YAML reads 2048 as a number and 2k as text; both are text here."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+_Text = Annotated[str, BeforeValidator(_text_of_number)]
+Tokens = Annotated[_Text, AfterValidator(_checked_tokens)]
+Size = Annotated[_Text, AfterValidator(_checked_bytes)]
+BudgetText = Annotated[_Text, AfterValidator(_checked_budget)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, strict about types, refuses unknown keys."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True
+    )
+
+
+class SourceConfig(Section):
+    """Where text comes from."""
+
+    source: str = Field(
+        min_length=1,
+        description="python-packages:NAME,..., a .txt, .jsonl or .parquet file, "
+        "or a Hugging Face dataset name",
+    )
+    block: int = Field(default=512, ge=16, description="tokens per sequence")
+
+
+class DataConfig(Section):
+    """The four splits. Choices look at `search` only; `report` is for the final tables."""
+
+    calibration: SourceConfig = Field(
+        default=SourceConfig(source="python-packages:torch,transformers,sympy"),
+        description="text that scores and repair are computed on",
+    )
+    distillation: SourceConfig = Field(
+        default=SourceConfig(source="python-packages:torch,transformers,sympy"),
+        description="text the student learns from",
+    )
+    search: SourceConfig = Field(
+        default=SourceConfig(source="python-packages:optuna,mpmath"),
+        description="text that every choice is made on",
+    )
+    report: SourceConfig = Field(
+        default=SourceConfig(source="python-packages:networkx,sqlalchemy"),
+        description="text of the final tables, seen by nothing else",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_default_sources(cls, given: Any) -> Any:
+        """A split that is given without a source keeps its default one."""
+        if not isinstance(given, Mapping):
+            return given
+        return {
+            name: {"source": cls.model_fields[name].default.source, **split}
+            if isinstance(split, Mapping) and name in cls.model_fields
+            else split
+            for name, split in given.items()
+        }
+
+
+class DeploymentConfig(Section):
+    """Where the model is to run: what its memory is counted for."""
+
+    context: Tokens = Field(default="2k", description="tokens of context (k = 2^10, M = 2^20)")
+    batch: int = Field(default=1, ge=1, description="sequences served at once")
+    weights: Precision = Field(default="bf16", description="precision of the weights")
+    embeddings: Precision | None = Field(
+        default=None, description="precision of embeddings and head; null: that of the weights"
+    )
+    kv: Precision = Field(default="bf16", description="precision of the KV cache")
+    state: Precision = Field(default="fp32", description="precision of the Mamba states")
+    conv: Precision = Field(default="bf16", description="precision of the convolution states")
+    reserve: Size = Field(default="0GiB", description="memory kept for other things")
+
+    @property
+    def context_tokens(self) -> int:
+        """The context in tokens."""
+        return units.parse_tokens(self.context)
+
+    @property
+    def embeddings_precision(self) -> Precision:
+        """The precision of the embeddings, which follows the weights unless given."""
+        return self.embeddings or self.weights
+
+    @property
+    def reserve_bytes(self) -> int:
+        """The reserve in bytes."""
+        return units.parse_bytes(self.reserve)
+
+
+class ScoreConfig(Section):
+    """Importance of layers, channels and heads."""
+
+    blocks: int = Field(default=8, ge=1, description="sequences of calibration text")
+
+
+class MaxRemoved(Section):
+    """How many layers of each kind a candidate may lose."""
+
+    mamba: int = Field(default=2, ge=0, description="Mamba layers")
+    attention: int = Field(default=1, ge=0, description="attention layers")
+    ffn: int = Field(default=3, ge=0, description="FFN layers")
+
+
+class SearchConfig(Section):
+    """Architectures under the budget, and the best of them."""
+
+    trials: int = Field(default=40, ge=1, description="candidates evaluated in the teacher")
+    blocks: int = Field(default=8, ge=1, description="sequences of search text per candidate")
+    width_step: int = Field(default=16, ge=1, description="FFN widths are multiples of this")
+    min_width: float = Field(
+        default=0.25, gt=0, le=1, description="narrowest FFN as a share of the teacher's"
+    )
+    max_removed: MaxRemoved = Field(default=MaxRemoved(), description="layers that may go")
+    finalists: int = Field(default=3, ge=1, description="candidates that get a short distillation")
+    finalist_steps: int = Field(default=8, ge=0, description="steps of that distillation")
+
+
+class RepairConfig(Section):
+    """Re-fitting of the projections that write the stream, in closed form."""
+
+    blocks: int = Field(default=96, ge=1, description="sequences of calibration text")
+    ridge: float = Field(
+        default=1e-3, gt=0, description="pull towards the old weights, relative to the mean power"
+    )
+
+
+class DistillConfig(Section):
+    """Training of the student towards the teacher's distribution."""
+
+    steps: int = Field(default=200, ge=0, description="optimiser steps")
+    batch: int = Field(default=8, ge=1, description="sequences a step")
+    learning_rate: float = Field(default=5e-4, gt=0, description="peak of the cosine schedule")
+    warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps that warm up")
+    temperature: float = Field(default=1.0, gt=0, description="of both distributions")
+    weight_decay: float = Field(default=0.0, ge=0, description="of AdamW")
+    betas: tuple[float, float] = Field(default=(0.9, 0.98), strict=False, description="of AdamW")
+    checkpoint_every: int = Field(default=20, ge=1, description="steps between resume points")
+
+
+class SpeedConfig(Section):
+    """How speed is measured."""
+
+    prompt: int = Field(default=64, ge=1, description="tokens of the prompt")
+    tokens: int = Field(default=64, ge=1, description="tokens decoded")
+    batch: int = Field(default=1, ge=1, description="sequences at once")
+    repeats: int = Field(default=3, ge=1, description="repetitions; the median counts")
+
+
+class EvalConfig(Section):
+    """The final comparison of teacher, pruned, repaired and student."""
+
+    blocks: int = Field(default=64, ge=1, description="sequences of report text")
+    tasks: tuple[str, ...] = Field(default=("demo",), strict=False, description="lm-eval tasks")
+    limit: int | None = Field(default=None, ge=1, description="questions per task; null: all")
+    speed: SpeedConfig = Field(default=SpeedConfig(), description="the speed measurement")
+
+
+class ExportConfig(Section):
+    """The folder that is served (nothing to choose yet)."""
+
+
+class ReportConfig(Section):
+    """The HTML report."""
+
+    title: str = Field(default="Compression report", min_length=1, description="its heading")
+
+
+class Recipe(Section):
+    """All settings of one run."""
+
+    model: str = Field(
+        min_length=1,
+        description="model folder (relative to the recipe), hub id, or `demo` for the bundled one",
+    )
+    revision: str | None = Field(default=None, description="revision of a hub model")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="drives everything random")
+    budget: BudgetText = Field(
+        default="83%", description='memory of the student: "31.7GiB", or a share of the teacher\'s'
+    )
+    deployment: DeploymentConfig = Field(
+        default=DeploymentConfig(), description="what the memory is counted for"
+    )
+    data: DataConfig = Field(default=DataConfig(), description="the texts")
+    score: ScoreConfig = Field(default=ScoreConfig(), description="stage score")
+    search: SearchConfig = Field(default=SearchConfig(), description="stage search")
+    repair: RepairConfig = Field(default=RepairConfig(), description="stage repair")
+    distill: DistillConfig = Field(default=DistillConfig(), description="stage distill")
+    eval: EvalConfig = Field(default=EvalConfig(), description="stage eval")
+    export: ExportConfig = Field(default=ExportConfig(), description="stage export")
+    report: ReportConfig = Field(default=ReportConfig(), description="stage report")
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a YAML recipe; ``overrides`` are "a.b=c" as given to --set.
+
+        Relative model folders and text files are taken from the recipe's folder, those in
+        ``overrides`` from the current one. UserError for anything wrong in either.
+        """
+        path = Path(path)
+        return cls.from_mapping(read_yaml(path), overrides, source=str(path), base=path.parent)
+
+    @classmethod
+    def from_mapping(
+        cls,
+        mapping: Mapping[str, Any],
+        overrides: Sequence[str] = (),
+        *,
+        source: str = "recipe",
+        base: Path | None = None,
+    ) -> Self:
+        """Check a recipe given as a mapping; ``source`` names it in messages.
+
+        Model folders and text files in it are relative to ``base`` (the current folder).
+        """
+        given = override_mapping(overrides)
+        both = merged(anchored(mapping, base or Path()), anchored(given, Path()))
+        try:
+            return cls.model_validate(both)
+        except ValidationError as error:
+            raise UserError(explain(error, cls, Place(source, given))) from None
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The recipe as JSON-able values; the bundled model is called `demo` again."""
+        mapping = self.model_dump(mode="json")
+        mapping["model"] = portable_model(self.model)
+        return mapping
+
+    def dump(self) -> str:
+        """The whole recipe as YAML, every default written out; `load` gives it back."""
+        return yaml.safe_dump(self.to_mapping(), sort_keys=False, allow_unicode=True, width=100)
