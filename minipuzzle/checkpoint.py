@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from minipuzzle.errors import UserError
+from minipuzzle.jsonfile import read_json
 
 MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors format itself
 DTYPES: dict[str, torch.dtype] = {
@@ -34,19 +35,6 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SAMPLE_BYTES = 64 * 2**10
 SAMPLES = 64
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; UserError when it is missing, broken or something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give the folder of a complete model") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); download or write it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object, but holds a {type(value).__name__}")
-    return value
 
 
 @dataclass(frozen=True)
@@ -283,7 +271,7 @@ def _write_shards(
     if len(shards) == 1:
         (folder / "shard-00000").rename(folder / SINGLE)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
         final = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"shard-{i:05d}").rename(folder / final)

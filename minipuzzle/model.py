@@ -1,0 +1,159 @@
+"""A checkpoint in memory: the stock transformers class beside what minipuzzle knows of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from minipuzzle import families
+from minipuzzle.architecture import Architecture
+from minipuzzle.checkpoint import Checkpoint, write_checkpoint
+from minipuzzle.errors import UserError
+from minipuzzle.families import Family
+from minipuzzle.jsonfile import read_json
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded checkpoint. `module` is in eval mode; on the CPU its fast scan is installed."""
+
+    folder: Path
+    config: dict[str, Any]
+    family: Family
+    architecture: Architecture
+    module: nn.Module
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The folder's tokenizer; UserError when it has none."""
+        return load_tokenizer(self.folder)
+
+    def part(self, name: str) -> nn.Module:
+        """`embed`, `layers`, `norm` or `head` of the built model."""
+        return self.module.get_submodule(self.family.modules[name])
+
+    def layer(self, i: int) -> nn.Module:
+        """One layer's module."""
+        return self.module.get_submodule(self.family.layer_module(i))
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """A parameter by its name on disk."""
+        return self.module.get_parameter(self.family.memory_name(name))
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder; UserError when it is missing or cannot be read."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    if not any((folder / name).exists() for name in names):
+        raise UserError(f"{folder} has no tokenizer.json; copy the model's tokenizer files there")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        reason = (str(error).splitlines() or ["unreadable"])[0]
+        raise UserError(f"{folder}: the tokenizer cannot be read: {reason}") from None
+
+
+def read_architecture(folder: Path) -> tuple[dict[str, Any], Family, Architecture]:
+    """Config, family and architecture of a model folder; needs only its config.json."""
+    config = read_json(folder / "config.json")
+    family, architecture = families.read(config)
+    return config, family, architecture
+
+
+def open_checked(folder: Path) -> tuple[dict[str, Any], Family, Architecture, Checkpoint]:
+    """Like `read_architecture`, with the checkpoint's names and shapes held against it."""
+    config, family, architecture = read_architecture(folder)
+    checkpoint = Checkpoint.open(folder)
+    checkpoint.check({spec.name: spec.shape for spec in family.tensors(architecture)})
+    return config, family, architecture, checkpoint
+
+
+def transformers_config(family: Family, config: dict[str, Any], architecture: Architecture) -> Any:
+    """The stock configuration object of an architecture, from a config.json in any spelling."""
+    from transformers import AutoConfig
+
+    clean = family.write_config(config, architecture)
+    stock = AutoConfig.for_model(clean.pop("model_type"), **clean)
+    stock._attn_implementation = "sdpa"
+    return stock
+
+
+def load(folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Model:
+    """Load a checked checkpoint into its stock transformers class.
+
+    Raises:
+        UserError: for a folder that is not a whole checkpoint of a known family.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config, family, architecture, _ = open_checked(folder)
+    stock = transformers_config(family, config, architecture)
+    module = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=stock,
+        dtype=dtype,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+    module = module.to(device).eval().requires_grad_(False)
+    model = Model(folder, config, family, architecture, module)
+    prepare(module, device)
+    return model
+
+
+def prepare(module: nn.Module, device: str | torch.device) -> None:
+    """Install the fast scan where stock code would be slow."""
+    if torch.device(device).type == "cpu":
+        from minipuzzle import fastscan
+
+        fastscan.install(module)
+
+
+def clone(model: Model) -> Model:
+    """An independent copy whose parameters can be changed."""
+    module = copy.deepcopy(model.module)
+    prepare(module, next(module.parameters()).device)
+    return Model(model.folder, model.config, model.family, model.architecture, module)
+
+
+def state_tensors(
+    model: Model, *, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name on disk, tensor on the CPU) of a loaded model, in the order of the forward pass."""
+    state = model.module.state_dict()
+    for spec in model.family.tensors(model.architecture):
+        tensor = state[model.family.memory_name(spec.name)].detach().cpu()
+        yield spec.name, tensor if dtype is None else tensor.to(dtype)
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that most bytes of a checkpoint are stored in."""
+    sizes: dict[torch.dtype, int] = {}
+    for name in checkpoint.names:
+        dtype = checkpoint.dtype(name)
+        sizes[dtype] = sizes.get(dtype, 0) + torch.Size(checkpoint.shape(name)).numel()
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def save(model: Model, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write a loaded model as a checkpoint folder, its tokenizer files carried from `folder`."""
+    config = model.family.write_config(model.config, model.architecture)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    total = sum(spec.size for spec in model.family.tensors(model.architecture)) * dtype.itemsize
+    write_checkpoint(
+        folder,
+        config,
+        state_tensors(model, dtype=dtype),
+        total_bytes=total,
+        carry_from=model.folder,
+    )
