@@ -1,0 +1,113 @@
+"""What a training went through, step by step, in memory and as JSON lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minipuzzle.files import atomic_write_text
+
+HISTORY_FILE = "history.jsonl"
+
+
+@dataclass(frozen=True)
+class Step:
+    """Step number `step` (0-based): loss of its batch before the update, rate, gradient norm.
+
+    The loss is the mean KL times temperature squared, in nats; the norm is that of the whole
+    gradient before clipping.
+    """
+
+    step: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over held-out tokens after `step` steps.
+
+    `kl` is KL(teacher || student) at temperature 1 and `loss` the next-token loss, both in nats;
+    `agreement` is the share of positions where both have the same most likely next token.
+    """
+
+    step: int
+    kl: float
+    agreement: float
+    loss: float
+
+
+@dataclass
+class History:
+    """All steps and evaluations in order; with a path, every one is written when it happens."""
+
+    steps: list[Step] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    path: Path | None = None
+
+    @property
+    def losses(self) -> list[float]:
+        """Loss of each step."""
+        return [step.loss for step in self.steps]
+
+    @property
+    def learning_rates(self) -> list[float]:
+        """Learning rate of each step."""
+        return [step.learning_rate for step in self.steps]
+
+    def add(self, entry: Step | Evaluation) -> None:
+        """Append one entry, to the file as well."""
+        self._keep(entry)
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(_line(entry))
+
+    @classmethod
+    def resume(cls, path: Path | None, done: int) -> History:
+        """The entries in `path` made before step `done`; the file is cut back to them.
+
+        What a killed run wrote after its last checkpoint will be written again, and a last line
+        it did not finish is no entry.
+        """
+        history = cls(path=path)
+        if path is None:
+            return history
+        kept = [entry for entry in _read(path) if entry.step < done] if path.exists() else []
+        for entry in kept:
+            history._keep(entry)
+        atomic_write_text(path, "".join(map(_line, kept)), sync=False)
+        return history
+
+    def _keep(self, entry: Step | Evaluation) -> None:
+        if isinstance(entry, Step):
+            self.steps.append(entry)
+        else:
+            self.evaluations.append(entry)
+
+
+def read_history(path: Path) -> History:
+    """A history written earlier (`history.jsonl` of an artefact)."""
+    history = History()
+    for entry in _read(path):
+        history.add(entry)
+    return history
+
+
+_KINDS: dict[str, Callable[..., Step | Evaluation]] = {"step": Step, "evaluation": Evaluation}
+
+
+def _line(entry: Step | Evaluation) -> str:
+    kind = "step" if isinstance(entry, Step) else "evaluation"
+    return json.dumps({"kind": kind, **asdict(entry)}) + "\n"
+
+
+def _read(path: Path) -> Iterator[Step | Evaluation]:
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n"):
+            return
+        values: dict[str, Any] = json.loads(line)
+        yield _KINDS[values.pop("kind")](**values)

@@ -1,0 +1,230 @@
+"""Training a student to say what its teacher says: one loop, stopped and resumed at will.
+
+Everything a step does follows from the settings, the blocks and the step's number: which blocks it
+reads, which rate it uses. So a run killed anywhere and started again on the same machine ends with
+the same bits as one left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipuzzle.errors import UserError
+
+from .config import Settings
+from .heldout import evaluate
+from .history import HISTORY_FILE, History, Step
+from .loss import forward_kl
+from .resume import load_training, save_training
+from .teacher import OnlineTeacher, Teacher, final_hidden, head_weight
+
+
+def train(
+    student: nn.Module,
+    teacher: nn.Module | Teacher,
+    blocks: Tensor,
+    settings: Settings,
+    *,
+    work: Path | None = None,
+    held_out: Tensor | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> History:
+    """Train every parameter of `student` in place on the teacher's distributions over `blocks`.
+
+    Args:
+        student: a causal language model with fp32 parameters (the master weights). It stays in
+            eval mode: the models have no dropout, and train mode picks other kernels.
+        teacher: a module, run on each batch, or a `Teacher` of exactly these blocks.
+        blocks: (B, T) token ids; one pass after another in orders that depend on the seed only.
+        settings: what to do; see `Settings`.
+        work: where history and checkpoints go, and where an interrupted run is resumed from.
+            None keeps everything in memory.
+        held_out: (B', T') ids to evaluate on before the first and after the last step, and every
+            `settings.evaluate_every` steps. Needs the teacher as a module.
+        on_step: called after each step that is run (not for those of an earlier, killed run).
+
+    Returns:
+        The history of all steps, those of an earlier run included.
+
+    Raises:
+        UserError: there are no blocks, the loss is no longer finite, or the checkpoint in `work`
+            is unreadable or of another training.
+        ValueError: the student's parameters are not fp32 (or fp64).
+    """
+    _check(student, blocks, settings)
+    student.eval().requires_grad_(True)
+    targets = OnlineTeacher(teacher, blocks) if isinstance(teacher, nn.Module) else teacher
+    judge = _judge(student, teacher, held_out)
+    optimizer = make_optimizer(student, settings)
+    identity = _identity(blocks, settings)
+    earlier = load_training(work, student, optimizer) if work else None
+    done, threads = _resumed(earlier, identity)
+    history = History.resume(work / HISTORY_FILE if work else None, done)
+    with _threads(threads):
+        for step in range(done, settings.steps):
+            if judge and (step == 0 or _due(step, settings.evaluate_every)):
+                history.add(evaluate(student, *judge, step=step))
+            entry = train_step(student, targets, blocks, optimizer, settings, step)
+            history.add(entry)
+            if work and _due(step + 1, settings.checkpoint_every):
+                note = {"training": identity, "threads": threads, "done": step + 1}
+                save_training(work, student, optimizer, note)
+            if on_step:
+                on_step(entry)
+        if judge:
+            history.add(evaluate(student, *judge, step=settings.steps))
+    student.requires_grad_(False)
+    return history
+
+
+def train_step(
+    student: nn.Module,
+    teacher: Teacher,
+    blocks: Tensor,
+    optimizer: torch.optim.Optimizer,
+    settings: Settings,
+    step: int,
+) -> Step:
+    """One update of the student's parameters; `step` decides on blocks and rate."""
+    rows = batch_rows(len(blocks), settings.batch, settings.seed, step)
+    loss = 0.0
+    for part in torch.split(rows, settings.micro or settings.batch):
+        share = len(part) / len(rows)
+        loss += accumulate(student, teacher, blocks, part, settings.temperature, share)
+    rate = settings.learning_rate_at(step)
+    norm = _clip(optimizer, settings.clip)
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise UserError(
+            f"distillation: loss {loss} and gradient norm {norm} at step {step} are not finite; "
+            f"lower distill.learning_rate"
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return Step(step=step, loss=loss, learning_rate=rate, gradient_norm=norm)
+
+
+def accumulate(
+    student: nn.Module,
+    teacher: Teacher,
+    blocks: Tensor,
+    rows: Tensor,
+    temperature: float,
+    share: float,
+) -> float:
+    """Add the gradient of `share` x the mean KL of blocks `rows`; returns that loss."""
+    head = head_weight(student)
+    teacher_hidden = teacher.hidden(rows)
+    ids = blocks[rows].to(head.device)
+    with torch.autocast(head.device.type, torch.bfloat16, enabled=head.device.type == "cuda"):
+        hidden = final_hidden(student, ids)
+    loss = share * forward_kl(
+        hidden.flatten(0, 1).to(head.dtype),
+        head,
+        teacher_hidden.flatten(0, 1),
+        teacher.head,
+        temperature=temperature,
+    )
+    torch.autograd.backward(loss)
+    return loss.item()
+
+
+def batch_rows(count: int, batch: int, seed: int, step: int) -> Tensor:
+    """(batch,) numbers of the blocks of a step: passes over all `count` blocks, each shuffled.
+
+    A pure function of its arguments; the shuffle of a pass depends on seed and pass alone.
+    """
+    places = torch.arange(step * batch, (step + 1) * batch)
+    passes = places // count
+    orders = {
+        number: torch.randperm(
+            count, generator=torch.Generator().manual_seed(seed * 1_000_003 + number)
+        )
+        for number in set(passes.tolist())
+    }
+    pairs = zip(passes.tolist(), (places % count).tolist(), strict=True)
+    return torch.stack([orders[number][place] for number, place in pairs])
+
+
+def make_optimizer(student: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """AdamW over every parameter, tied ones once; fused: one pass over each tensor."""
+    return torch.optim.AdamW(
+        list(student.parameters()),
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+def _clip(optimizer: torch.optim.Optimizer, bound: float) -> float:
+    """Scale all gradients so that their joint norm is at most `bound` (0: leave them); the norm."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if bound:
+        torch.nn.utils.clip_grads_with_norm_(parameters, bound, norm)
+    return norm.item()
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _judge(
+    student: nn.Module, teacher: nn.Module | Teacher, held_out: Tensor | None
+) -> tuple[Teacher, Tensor] | None:
+    if held_out is None:
+        return None
+    if not isinstance(teacher, nn.Module):
+        raise ValueError("held_out needs the teacher as a module")
+    return OnlineTeacher(teacher, held_out), held_out
+
+
+def _identity(blocks: Tensor, settings: Settings) -> dict[str, Any]:
+    """What a checkpoint must agree with to be resumed from; JSON-able."""
+    digest = hashlib.sha256(blocks.contiguous().cpu().numpy().tobytes()).hexdigest()
+    values = asdict(settings)
+    return {**values, "betas": list(settings.betas), "blocks": [*blocks.shape, digest]}
+
+
+def _resumed(earlier: dict[str, Any] | None, identity: dict[str, Any]) -> tuple[int, int]:
+    """(steps done, threads to go on with), given the note of a checkpoint or None."""
+    if earlier is None:
+        return 0, torch.get_num_threads()
+    theirs = earlier["training"]
+    differing = [key for key in identity if identity[key] != theirs.get(key)]
+    if differing:
+        raise UserError(
+            f"the training checkpoint found is of another training (other {', '.join(differing)}); "
+            f"remove it or train in another folder"
+        )
+    return int(earlier["done"]), int(earlier["threads"])
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Run with `count` threads: sums are split among them, so bits depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _check(student: nn.Module, blocks: Tensor, settings: Settings) -> None:
+    if settings.steps and len(blocks) == 0:
+        raise UserError("distillation has no blocks to train on; see data.distillation")
+    for name, parameter in student.named_parameters():
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"parameter {name} is {parameter.dtype}; train in fp32")
