@@ -94,7 +94,9 @@ def load(folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu
         UserError: for a folder that is not a whole checkpoint of a known family.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # ours is the one on the screen
     config, family, architecture, _ = open_checked(folder)
     stock = transformers_config(family, config, architecture)
     module = AutoModelForCausalLM.from_pretrained(

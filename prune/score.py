@@ -1,0 +1,175 @@
+"""Importance of layers and units in one sweep over the model.
+
+Layers: MSE of the state just before the head between the full model and the model without that
+layer (MiniPuzzle: Nemotron-H, arXiv 2504.03624, section 3.2). At layer i the batch holds the full
+model and every variant with an earlier layer removed; the variant "without i" is born as the input
+of i, so that all layers cost half a forward pass each and every weight is read once.
+
+Units, from the full model's activations on the way: `activation` is the published score (mean over
+the sequence of |a|, L2 over the sequences, L2 over the channels of a head: Minitron, arXiv
+2407.14679; Minitron-SSM, arXiv 2504.11409, equations 19 to 24), `energy` the root of the mean of
+a^2 times the squared norm of the weights that read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from minipuzzle import progress
+from minipuzzle.families.table import Probe, TensorLayout, axis_sizes, segment_size
+from minipuzzle.model import Model
+from minipuzzle.scores import Scores
+from minipuzzle.walk import Walk
+
+SEQUENCES_PER_SWEEP = 4
+
+
+@torch.no_grad()
+def score(model: Model, ids: torch.Tensor, provenance: dict[str, Any]) -> Scores:
+    """Score every layer and every probed axis on ids (B, T)."""
+    walk = Walk(model)
+    squares = torch.zeros(walk.num_layers, dtype=torch.float64)
+    meters = {
+        (i, probe.axis): Meter(model, i, probe)
+        for i, layer in enumerate(model.architecture.layers)
+        for probe in model.family.probes[layer.kind]
+    }
+    groups = range(0, len(ids), SEQUENCES_PER_SWEEP)
+    with progress.bar("score", len(groups) * walk.num_layers, "layers") as bar:
+        for start in groups:
+            batch = ids[start : start + SEQUENCES_PER_SWEEP]
+            squares += sweep(walk, batch, meters, bar.advance)
+    units = {
+        (i, axis, metric): values
+        for (i, axis), meter in meters.items()
+        for metric, values in meter.result().items()
+    }
+    elements = ids.numel() * model.architecture.hidden
+    kinds = tuple(layer.kind for layer in model.architecture.layers)
+    return Scores(kinds=kinds, layers=squares / elements, units=units, provenance=provenance)
+
+
+def sweep(
+    walk: Walk,
+    ids: torch.Tensor,
+    meters: dict[tuple[int, str], Meter],
+    advance: Callable[[], None],
+) -> torch.Tensor:
+    """Squared error of the final state without each layer, summed over ids (B, T): (L,), fp64."""
+    full = walk.embed(ids)
+    variants = full[:0]
+    for i in range(walk.num_layers):
+        here = [meter for (layer, _), meter in meters.items() if layer == i]
+        born = full
+        with _listening(here):
+            full = walk.layer(i, full)
+        variants = torch.cat([walk.layer(i, variants) if len(variants) else variants, born])
+        advance()
+    reference = walk.final(full)
+    differences = [
+        (walk.final(variant) - reference).double().square().sum()
+        for variant in variants.split(len(ids))  # type: ignore[no-untyped-call]
+    ]
+    return torch.stack(differences).cpu()
+
+
+@torch.no_grad()
+def layer_scores_reference(model: Model, ids: torch.Tensor) -> torch.Tensor:
+    """The plain way, one forward pass per removed layer: MSE per layer, (L,), fp64."""
+    walk = Walk(model)
+
+    def final_without(gone: int | None) -> torch.Tensor:
+        hidden = walk.embed(ids)
+        for i in range(walk.num_layers):
+            if i != gone:
+                hidden = walk.layer(i, hidden)
+        return walk.final(hidden)
+
+    full = final_without(None)
+    return torch.stack(
+        [(final_without(i) - full).double().square().mean() for i in range(walk.num_layers)]
+    ).cpu()
+
+
+class Meter:
+    """Accumulates one axis of one layer where the family's table says it is scored."""
+
+    def __init__(self, model: Model, i: int, probe: Probe) -> None:
+        self.probe = probe
+        self.module = model.layer(i).get_submodule(probe.module)
+        layer = model.architecture.layers[i]
+        layout = next(
+            t for t in model.family.layer_tensors[layer.kind] if t.name == f"{probe.module}.weight"
+        )
+        sizes = axis_sizes(model.architecture, layer)
+        self.start, self.segment = _segment(layout, probe, sizes)
+        self.shape = tuple(sizes[axis] for axis in self.segment)
+        self.reader = self._reader_energy(model, i)
+        units = self.shape
+        self.published = torch.zeros(units, dtype=torch.float64)
+        self.energy = torch.zeros(units, dtype=torch.float64)
+        self.tokens = 0
+
+    def add(self, activations: torch.Tensor) -> None:
+        """Take activations (B, T, channels) of the probed side."""
+        stop = self.start + self.reader.numel()
+        own = activations[..., self.start : stop]
+        own = own.reshape(*own.shape[:-1], *self.shape)
+        self.published += own.abs().mean(1).double().square().sum(0).cpu()
+        self.energy += own.double().square().sum((0, 1)).cpu()
+        self.tokens += own.shape[0] * own.shape[1]
+
+    def result(self) -> dict[str, torch.Tensor]:
+        """Metric -> one score per unit of the axis."""
+        energy = self.energy / self.tokens * self.reader
+        axis = self.segment.index(self.probe.axis)
+        others = [d for d in range(len(self.segment)) if d != axis]
+
+        def per_unit(squares: torch.Tensor) -> torch.Tensor:
+            return (squares.sum(others) if others else squares).sqrt()
+
+        return {"activation": per_unit(self.published), "energy": per_unit(energy)}
+
+    def _reader_energy(self, model: Model, i: int) -> torch.Tensor:
+        """Squared norms of the columns that read these channels into the stream."""
+        layer = model.architecture.layers[i]
+        name = model.family.layer_prefix.format(i=i) + model.family.writer(layer.kind).name
+        weight = model.parameter(name).detach().double().cpu()
+        return weight.square().sum(0).reshape(self.shape)
+
+
+def _segment(
+    layout: TensorLayout, probe: Probe, sizes: dict[str, int]
+) -> tuple[int, tuple[str, ...]]:
+    """First channel and axes of the probed segment of a projection's input or output."""
+    dim = layout.dims[-1 if probe.side == "input" else 0]
+    start = sum(segment_size(segment, sizes) for segment in dim[: probe.segment])
+    return start, dim[probe.segment]
+
+
+@contextmanager
+def _listening(meters: list[Meter]) -> Iterator[None]:
+    handles = []
+    for meter in meters:
+        if meter.probe.side == "input":
+            handles.append(meter.module.register_forward_pre_hook(_on_input(meter)))
+        else:
+            handles.append(meter.module.register_forward_hook(_on_output(meter)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _on_input(meter: Meter) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+    return lambda module, args: meter.add(args[0])
+
+
+def _on_output(meter: Meter) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+    return lambda module, args, output: meter.add(output)

@@ -1,0 +1,185 @@
+"""Scores, selection, slicing, masks, repair: fast ways against plain ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from minipuzzle import model
+from minipuzzle.errors import UserError
+from minipuzzle.masks import masked
+from minipuzzle.prune import repair, score, verify
+from minipuzzle.prune.select import select, top_units
+from minipuzzle.prune.slice import slice_checkpoint
+from minipuzzle.scores import Scores
+from minipuzzle.selection import Selection
+from minipuzzle.walk import Walk
+from tests.test_core import selections
+from tests.tiny import write_tiny
+
+IDS = torch.randint(0, 97, (5, 24), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> model.Model:
+    return model.load(write_tiny(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def scores(teacher: model.Model) -> Scores:
+    return score.score(teacher, IDS, {"seed": 0})
+
+
+def test_one_sweep_is_the_plain_reference(teacher: model.Model, scores: Scores) -> None:
+    reference = score.layer_scores_reference(teacher, IDS)
+    torch.testing.assert_close(scores.layers, reference, rtol=1e-4, atol=1e-9)
+    assert len(set(scores.layers.tolist())) == 7
+
+
+def test_unit_scores_are_the_published_formula(teacher: model.Model, scores: Scores) -> None:
+    """Mean over the sequence, L2 over sequences: of relu^2(X W1^T), of the x rows of in_proj."""
+    stock: Any = teacher.module
+    hidden = stock(IDS, output_hidden_states=True).hidden_states
+    ffn = stock.model.layers[1]
+    act = torch.relu(ffn.mixer.up_proj(ffn.norm(hidden[1]))).square()
+    expected = act.mean(1).square().sum(0).sqrt()
+    torch.testing.assert_close(
+        scores.units[1, "width", "activation"].float(), expected, rtol=1e-4, atol=1e-6
+    )
+    mamba = stock.model.layers[0]
+    x = mamba.mixer.in_proj(mamba.norm(hidden[0]))[..., 64:128].abs().mean(1)
+    expected = x.square().sum(0).reshape(8, 8).sum(1).sqrt()
+    torch.testing.assert_close(
+        scores.units[0, "heads", "activation"].float(), expected, rtol=1e-4, atol=1e-6
+    )
+    down = ffn.mixer.down_proj.weight
+    energy = (act.square().mean((0, 1)) * down.square().sum(0)).sqrt()
+    torch.testing.assert_close(
+        scores.units[1, "width", "energy"].float(), energy, rtol=1e-4, atol=1e-6
+    )
+
+
+def test_scores_do_not_depend_on_the_order_of_sequences(
+    teacher: model.Model, scores: Scores
+) -> None:
+    other = score.score(teacher, IDS.flip(0), {})
+    torch.testing.assert_close(other.layers, scores.layers, rtol=1e-5, atol=1e-9)
+    for key, values in scores.units.items():
+        torch.testing.assert_close(other.units[key], values, rtol=1e-5, atol=1e-9)
+
+
+def test_scores_survive_the_disk(scores: Scores, tmp_path: Path) -> None:
+    scores.save(tmp_path)
+    again = Scores.load(tmp_path)
+    torch.testing.assert_close(again.layers, scores.layers)
+    assert again.kinds == scores.kinds and again.units.keys() == scores.units.keys()
+
+
+def test_top_units_keep_equal_numbers_per_group() -> None:
+    values = torch.tensor([9.0, 8.0, 7.0, 6.0, 1.0, 2.0, 3.0, 4.0])
+    assert top_units(values, 4, groups=2) == (0, 1, 6, 7)
+    assert top_units(values, 4) == (0, 1, 2, 3)
+    assert top_units(torch.zeros(4), 2) == (0, 1)
+
+
+def test_select_names_the_nearest_allowed_value(teacher: model.Model, scores: Scores) -> None:
+    chosen = select(
+        scores, teacher.architecture, removed={"ffn": 1}, sizes={"width": 16, "heads": 4}
+    )
+    cut = chosen.apply(teacher.architecture)
+    assert cut.counts() == {"mamba": 3, "attention": 1, "ffn": 2}
+    gone = [i for i, axes in enumerate(chosen.layers) if axes is None]
+    assert gone == [min((1, 4, 6), key=lambda i: scores.layers[i])]
+    with pytest.raises(UserError, match="multiple of 2 .* nearest is 4"):
+        select(scores, teacher.architecture, removed={}, sizes={"heads": 5})
+    with pytest.raises(UserError, match="ask for at most 0"):
+        select(scores, teacher.architecture, removed={"attention": 1}, sizes={})
+
+
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(selection=selections())
+def test_masked_equals_sliced_equals_walked(
+    teacher: model.Model, tmp_path: Path, selection: Selection
+) -> None:
+    slice_checkpoint(teacher.folder, tmp_path / "cut", selection)
+    found = verify.verify_cut(teacher, tmp_path / "cut", selection, IDS[:2])
+    sliced = model.load(tmp_path / "cut")
+    assert found["parameters"] == sum(p.numel() for p in sliced.module.parameters())
+    walk = Walk(teacher)
+    with torch.no_grad():
+        walked = walk.logits(walk.states(IDS[:2], selection))
+        torch.testing.assert_close(
+            walked, sliced.module(IDS[:2], use_cache=False).logits, atol=2e-4, rtol=1e-4
+        )
+
+
+def test_keeping_everything_is_the_identity_bit_for_bit(
+    teacher: model.Model, tmp_path: Path
+) -> None:
+    whole = Selection.identity(teacher.architecture)
+    slice_checkpoint(teacher.folder, tmp_path / "same", whole)
+    same = model.load(tmp_path / "same")
+    for (name, old), (_, new) in zip(
+        teacher.module.named_parameters(), same.module.named_parameters(), strict=True
+    ):
+        assert torch.equal(old, new), name
+    with torch.no_grad(), masked(teacher, whole) as module:
+        assert torch.equal(module(IDS).logits, same.module(IDS).logits)
+
+
+def _cut(teacher: model.Model, scores: Scores, folder: Path) -> tuple[Selection, model.Model]:
+    chosen = select(scores, teacher.architecture, removed={"ffn": 1}, sizes={"width": 24})
+    slice_checkpoint(teacher.folder, folder, chosen)
+    return chosen, model.load(folder)
+
+
+def test_repair_brings_the_stream_closer(
+    teacher: model.Model, scores: Scores, tmp_path: Path
+) -> None:
+    chosen, student = _cut(teacher, scores, tmp_path / "cut")
+    calibration = torch.randint(0, 97, (40, 32), generator=torch.Generator().manual_seed(3))
+    fresh = torch.randint(0, 97, (10, 32), generator=torch.Generator().manual_seed(4))
+    stock: Any = teacher.module
+    cut: Any = student.module
+    wanted = stock.model(fresh)[0]
+
+    def distance() -> float:
+        with torch.no_grad():
+            return float((cut.model(fresh)[0] - wanted).square().mean())
+
+    before = distance()
+    refits = repair.repair(teacher, student, chosen, calibration, ridge=1e-3)
+    assert distance() < 0.8 * before
+    assert all(refit.after <= refit.before for refit in refits)
+    first_change = next(j for j, i in enumerate(chosen.kept) if chosen.layers[i] != {})
+    assert refits[0].layer == first_change
+
+
+def test_repair_of_a_whole_model_changes_nothing(teacher: model.Model) -> None:
+    student = model.clone(teacher)
+    whole = Selection.identity(teacher.architecture)
+    assert repair.repair(teacher, student, whole, IDS, ridge=1e-3) == []
+
+
+def test_the_refit_is_the_least_squares_solution() -> None:
+    """Against torch.linalg.lstsq of the stacked ridge problem, in fp64."""
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.zeros(3, 6)
+    read = torch.randn(50, 6, generator=generator)
+    lacks = torch.randn(50, 3, generator=generator)
+    moments = repair.Moments(weight)
+    moments.add(read[:20], lacks[:20])
+    moments.add(read[20:], lacks[20:])
+    damping = 0.1 * float((read.double().T @ read.double()).diagonal().mean())
+    stacked = torch.cat([read.double(), damping**0.5 * torch.eye(6, dtype=torch.float64)])
+    aims = torch.cat([lacks.double(), torch.zeros(6, 3, dtype=torch.float64)])
+    expected = torch.linalg.lstsq(stacked, aims).solution.T
+    torch.testing.assert_close(moments.solve(0.1), expected, rtol=1e-5, atol=1e-7)
