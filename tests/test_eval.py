@@ -1,0 +1,356 @@
+"""Evaluation: bits per byte, answers, comparison, the stage."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+
+from minipuzzle import model
+from minipuzzle.data.packing import byte_lengths
+from minipuzzle.errors import UserError
+from minipuzzle.eval import compare, run
+from minipuzzle.eval.bpb import bits_per_byte
+from minipuzzle.eval.harness import Tasks, _Scorer
+from minipuzzle.eval.speed import measure
+from tests.tiny_text import LINES, tiny_run, write_model
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> model.Model:
+    return model.load(write_model(tmp_path_factory.mktemp("model") / "m"))
+
+
+# --- bits per byte
+
+
+def test_bits_per_byte_equals_the_sum_over_single_predictions(loaded: model.Model) -> None:
+    blocks = torch.randint(0, 264, (5, 12), generator=torch.Generator().manual_seed(0))
+    blocks[:, 4] = 0  # the end-of-text token
+    lengths = byte_lengths(loaded.tokenizer, 264)
+    nats, tokens, size = 0.0, 0, 0
+    for row in blocks:
+        for place in range(1, 12):
+            token = int(row[place])
+            if token in (0, 1):
+                continue
+            logits = loaded.module(input_ids=row[None, :place]).logits[0, -1].double()
+            nats -= float(torch.log_softmax(logits, -1)[token])
+            tokens += 1
+            size += len(loaded.tokenizer.convert_ids_to_tokens(token))
+    result = bits_per_byte(loaded.module, blocks, lengths)
+    assert (result.tokens, result.bytes) == (tokens, size)
+    assert result.nats == pytest.approx(nats, rel=1e-5)
+    assert result.value == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
+def test_batching_does_not_change_bits_per_byte(
+    loaded: model.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = torch.randint(2, 264, (7, 20), generator=torch.Generator().manual_seed(1))
+    lengths = byte_lengths(loaded.tokenizer, 264)
+    together = bits_per_byte(loaded.module, blocks, lengths)
+    monkeypatch.setattr("minipuzzle.eval.bpb.LOGIT_BYTES", 1)
+    alone = bits_per_byte(loaded.module, blocks, lengths)
+    assert together.nats == pytest.approx(alone.nats, rel=1e-6)
+    assert (together.tokens, together.bytes) == (alone.tokens, alone.bytes)
+
+
+# --- lm-eval
+
+
+def requests(seed: int) -> list[tuple[tuple[str, str], list[int], list[int]]]:
+    """Contexts of many lengths, continuations of one to four tokens, three to a context.
+
+    Token 0 is what the harness pads with, so texts hold it too, at their ends as well.
+    """
+    rng = random.Random(seed)
+    made = []
+    for i in range(25):
+        context = [rng.randrange(264) for _ in range(rng.randint(1, 60))]
+        context[-1] = 0 if i % 3 == 0 else context[-1]
+        for choice in range(3):
+            answer = [rng.randrange(264) for _ in range(rng.choice([1, 1, 1, 2, 4]))]
+            answer[0] = 0 if choice == 0 else answer[0]
+            made.append(((f"context {i}", f"choice {choice}"), context, answer))
+    return made
+
+
+@pytest.mark.parametrize("batch", [1, 6, 64])
+def test_padded_batches_give_the_scores_of_single_forward_passes(
+    loaded: model.Model, batch: int
+) -> None:
+    asked = requests(batch)
+    scorer = _Scorer(
+        pretrained=loaded.module,
+        tokenizer=loaded.tokenizer,
+        batch_size=batch,
+        softmax_dtype=torch.float32,
+    )
+    scorer.fixed_batch = batch
+    scores = scorer._loglikelihood_tokens(asked)
+    for (_, context, answer), (score, greedy) in zip(asked, scores, strict=True):
+        logits = loaded.module(input_ids=torch.tensor([context + answer[:-1]])).logits[0]
+        logs = torch.log_softmax(logits[-len(answer) :].double(), -1)
+        assert score == pytest.approx(float(logs[range(len(answer)), answer].sum()), abs=2e-4)
+        assert greedy == (logs.argmax(-1).tolist() == answer)
+
+
+def test_logits_are_taken_where_needed_only(
+    loaded: model.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = []
+    forward = loaded.module.forward
+
+    def spy(**arguments: Any) -> Any:
+        kept.append(arguments["logits_to_keep"])
+        return forward(**arguments)
+
+    monkeypatch.setattr(loaded.module, "forward", spy)
+    scorer = _Scorer(pretrained=loaded.module, tokenizer=loaded.tokenizer, batch_size=4)
+    scorer._loglikelihood_tokens([(("", ""), [5] * 40, [token]) for token in range(2, 6)])
+    assert kept == [1]  # one context for four single-token answers, and only its last position
+
+
+def write_task(folder: Path, name: str, questions: int) -> None:
+    folder.mkdir(exist_ok=True)
+    rng = random.Random(name)
+    rows = [
+        {
+            "context": "\n".join(
+                rng.choices([line for line in LINES if line], k=rng.randint(1, 4))
+            ),
+            "choices": ["x", "return", "("],
+            "answer": rng.randrange(3),
+        }
+        for _ in range(questions)
+    ]
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / f"{name}.yaml").write_text(
+        f"task: {name}\n"
+        "dataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: '{data}'}}}}\n"
+        "test_split: test\n"
+        "output_type: multiple_choice\n"
+        'doc_to_text: "{{context}}"\n'
+        "doc_to_choice: choices\n"
+        "doc_to_target: answer\n"
+        'target_delimiter: ""\n'
+        "metric_list: [{metric: acc}]\n"
+    )
+
+
+def expected_answers(loaded: model.Model, data: Path) -> dict[int, float]:
+    """The questions answered without lm-eval: the choice of the highest logit."""
+    answers = {}
+    for number, line in enumerate(data.read_text().splitlines()):
+        row = json.loads(line)
+        ids = loaded.tokenizer(row["context"], add_special_tokens=False)["input_ids"]
+        logits = loaded.module(input_ids=torch.tensor([ids])).logits[0, -1]
+        choices = [
+            loaded.tokenizer(choice, add_special_tokens=False)["input_ids"][0]
+            for choice in row["choices"]
+        ]
+        answers[number] = float(int(logits[choices].argmax()) == row["answer"])
+    return answers
+
+
+def test_answers_of_a_group_of_local_tasks(
+    loaded: model.Model, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, questions in (("first", 30), ("second", 12)):
+        write_task(tmp_path, name, questions)
+    (tmp_path / "both.yaml").write_text("group: both\ntask: [first, second]\n")
+    tasks = Tasks(["both"], folder=tmp_path, defaults=False)
+    assert tasks.names == ["first", "second"]
+    answers = tasks.answers(loaded.module, loaded.tokenizer, label="model")
+    for name in tasks.names:
+        expected = expected_answers(loaded, tmp_path / f"{name}.jsonl")
+        assert answers[name] == expected
+        assert 0 < sum(expected.values()) < len(expected)
+    assert answers == tasks.answers(loaded.module, loaded.tokenizer, label="again")
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "")
+
+
+def test_a_limit_asks_the_first_questions(loaded: model.Model, tmp_path: Path) -> None:
+    write_task(tmp_path, "first", 30)
+    all_of_them = Tasks(["first"], folder=tmp_path, defaults=False)
+    some = Tasks(["first"], folder=tmp_path, defaults=False, limit=7)
+    answers = all_of_them.answers(loaded.module, loaded.tokenizer, label="")["first"]
+    limited = some.answers(loaded.module, loaded.tokenizer, label="")["first"]
+    assert limited == {number: answers[number] for number in range(7)}
+
+
+def test_unknown_task(tmp_path: Path) -> None:
+    write_task(tmp_path, "first", 2)
+    with pytest.raises(UserError, match="'frist'"):
+        Tasks(["first", "frist"], folder=tmp_path, defaults=False)
+
+
+# --- comparison
+
+
+def answers_of(values: list[float]) -> dict[int, float]:
+    return dict(enumerate(values))
+
+
+def test_difference_is_paired() -> None:
+    teacher, student = [1.0, 1, 1, 0, 0, 1, 1, 0], [1.0, 1, 0, 0, 1, 1, 0, 0]
+    result = compare.difference(answers_of(teacher), answers_of(student))
+    deltas = [b - a for a, b in zip(teacher, student, strict=True)]
+    assert result.mean == pytest.approx(-1 / 8)
+    assert result.stderr == pytest.approx(float(stats.sem(deltas)))
+    assert (result.lost, result.won, result.n) == (2, 1, 8)
+    low, high = stats.norm.interval(0.95, result.mean, result.stderr)
+    assert (result.low, result.high) == pytest.approx((float(low), float(high)))
+
+
+@pytest.mark.parametrize(("lost", "won"), [(0, 0), (1, 0), (9, 2), (40, 61), (2000, 2100)])
+def test_mcnemar_is_the_exact_binomial_test(lost: int, won: int) -> None:
+    expected = stats.binomtest(lost, lost + won).pvalue if lost + won else 1.0
+    assert compare.mcnemar(lost, won) == pytest.approx(expected)
+
+
+def test_different_questions_are_an_own_slip() -> None:
+    with pytest.raises(AssertionError, match="different questions"):
+        compare.difference({0: 1.0, 1: 0.0}, {0: 1.0, 2: 0.0})
+
+
+def simulated(rng: random.Random, sizes: Mapping[str, int]) -> tuple[compare.Answers, ...]:
+    teacher: dict[str, dict[int, float]] = {}
+    student: dict[str, dict[int, float]] = {}
+    for name, size in sizes.items():
+        known = [float(rng.random() < 0.7) for _ in range(size)]
+        teacher[name] = answers_of(known)
+        student[name] = answers_of([k if rng.random() < 0.9 else 1.0 - k for k in known])
+    return teacher, student
+
+
+def test_retained_accuracy_and_its_error_against_the_bootstrap() -> None:
+    rng = random.Random(0)
+    teacher, student = simulated(rng, {"a": 300, "b": 120})
+    result = compare.retained(teacher, student)
+    means = [
+        statistics.fmean(statistics.fmean(task.values()) for task in answers.values())
+        for answers in (teacher, student)
+    ]
+    assert result.value == pytest.approx(means[1] / means[0])
+    ratios = []
+    for _ in range(1000):
+        drawn = {name: rng.choices(list(task), k=len(task)) for name, task in teacher.items()}
+        sums = [
+            statistics.fmean(
+                statistics.fmean(answers[name][i] for i in drawn[name]) for name in drawn
+            )
+            for answers in (teacher, student)
+        ]
+        ratios.append(sums[1] / sums[0])
+    assert result.stderr == pytest.approx(statistics.stdev(ratios), rel=0.1)
+
+
+def test_a_model_equals_itself() -> None:
+    teacher, _ = simulated(random.Random(1), {"a": 50, "b": 20})
+    record = compare.comparison(teacher, teacher)
+    assert record["mean"]["mean"] == record["mean"]["stderr"] == 0
+    assert record["retained"]["value"] == 1 and record["retained"]["stderr"] == 0
+    assert record["mean"]["p_value"] == 1
+
+
+# --- speed
+
+
+def test_speed_runs_the_models_in_turns(loaded: model.Model) -> None:
+    calls: list[tuple[str, int]] = []
+
+    class Spy(torch.nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.inner, self.name = loaded.module, name
+
+        def forward(self, input_ids: torch.Tensor, **more: Any) -> Any:
+            calls.append((self.name, input_ids.shape[1]))
+            return self.inner(input_ids=input_ids, **more)
+
+    prompt = torch.arange(20).view(2, 10)
+    speeds = measure({"a": Spy("a"), "b": Spy("b")}, prompt, tokens=3, repeats=2)
+    one = [10, 1, 1, 1]
+    assert calls == [(name, n) for name in "ababab" for n in one]
+    assert all(s.prefill_tokens_per_second > 0 for s in speeds.values())
+    assert all(s.decode_tokens_per_second > 0 for s in speeds.values())
+
+
+# --- the stage
+
+
+def evaluation(folder: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((folder / "evaluation.json").read_text())
+    return record
+
+
+@pytest.fixture
+def tasks_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_task(tmp_path / "tasks", "first", 20)
+    tasks = Tasks(["first"], folder=tmp_path / "tasks", defaults=False)
+    monkeypatch.setattr("minipuzzle.eval.stage.prepare", lambda *_, **__: tasks)
+
+
+@pytest.mark.usefixtures("tasks_on_disk")
+def test_stage_measures_the_models_that_exist(tmp_path: Path) -> None:
+    recipe, folder = tiny_run(tmp_path, tasks=("first",))
+    record = evaluation(run(recipe, folder))
+    assert list(record["models"]) == ["teacher", "student"]
+    teacher, student = record["models"].values()
+    assert (folder.path / teacher["path"]).samefile(tmp_path / "teacher")
+    assert student["path"] == "student"
+    stock = model.load(tmp_path / "teacher").module
+    assert teacher["parameters"] == sum(p.numel() for p in stock.parameters())
+    assert teacher["memory_bytes"] == sum(teacher["memory"].values())
+    assert student["memory_bytes"] < teacher["memory_bytes"]
+    assert set(teacher["tasks"]["first"]) == {"acc", "acc_stderr", "n"}
+    assert record["against_teacher"]["student"]["tasks"]["first"]["n"] == 20
+    for item in ("bits_per_byte", "decode_tokens_per_second", "prefill_tokens_per_second"):
+        assert teacher[item] > 0
+
+
+@pytest.mark.usefixtures("tasks_on_disk")
+def test_a_killed_stage_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, folder = tiny_run(tmp_path, tasks=("first",))
+    measured: list[int] = []
+
+    def counted(module: Any, *rest: Any, **more: Any) -> Any:
+        measured.append(len(list(module.parameters())))
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return bits_per_byte(module, *rest, **more)
+
+    monkeypatch.setattr("minipuzzle.eval.stage.bits_per_byte", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, folder)
+    assert not (folder.path / "evaluation").exists()
+    resumed = evaluation(run(recipe, folder))
+    teacher, student = measured[0], measured[1]
+    assert measured == [teacher, student, student]
+    (tmp_path / "other").mkdir()
+    whole = evaluation(run(recipe, tiny_run(tmp_path / "other")[1]))
+    for name, record in whole["models"].items():
+        for item in ("parameters", "memory", "bits_per_byte", "tasks"):
+            assert resumed["models"][name][item] == record[item]
+
+
+def test_without_tasks_there_is_no_accuracy(tmp_path: Path) -> None:
+    recipe, folder = tiny_run(tmp_path)
+    record = evaluation(run(recipe, folder))
+    assert record["models"]["teacher"]["tasks"] == {}
+    assert "against_teacher" not in record
