@@ -7,8 +7,9 @@ values are one line that names the key, the place and, for a misspelt key, the n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 import yaml
 from pydantic import (
@@ -23,6 +24,7 @@ from pydantic import (
 
 from minipuzzle import units
 from minipuzzle.errors import UserError
+from minipuzzle.memory import Deployment, Precision
 from minipuzzle.recipe_io import (
     Place,
     anchored,
@@ -32,8 +34,6 @@ from minipuzzle.recipe_io import (
     portable_model,
     read_yaml,
 )
-
-Precision = Literal["nvfp4", "int4", "fp8", "bf16", "fp32"]
 
 
 def _checked_tokens(text: str) -> str:
@@ -135,6 +135,23 @@ class DeploymentConfig(Section):
     conv: Precision = Field(default="bf16", description="precision of the convolution states")
     reserve: Size = Field(default="0GiB", description="memory kept for other things")
 
+    def build(self) -> Deployment:
+        """The deployment that `minipuzzle.memory.memory` counts for."""
+        return Deployment(
+            context=self.context_tokens,
+            batch=self.batch,
+            weights=self.weights,
+            embeddings=self.embeddings_precision,
+            kv=self.kv,
+            state=self.state,
+            conv=self.conv,
+            reserve_bytes=self.reserve_bytes,
+        )
+
+    def options(self) -> dict[str, Any]:
+        """The exact options of `minipuzzle plan`, nothing left to a default."""
+        return {**self.model_dump(mode="json"), "embeddings": self.embeddings_precision}
+
     @property
     def context_tokens(self) -> int:
         """The context in tokens."""
@@ -198,7 +215,11 @@ class DistillConfig(Section):
     temperature: float = Field(default=1.0, gt=0, description="of both distributions")
     weight_decay: float = Field(default=0.0, ge=0, description="of AdamW")
     betas: tuple[float, float] = Field(default=(0.9, 0.98), strict=False, description="of AdamW")
-    checkpoint_every: int = Field(default=20, ge=1, description="steps between resume points")
+    floor: float = Field(default=0.0, ge=0, le=1, description="last learning rate, of the peak")
+    clip: float = Field(default=1.0, ge=0, description="bound on the gradient's norm; 0: none")
+    micro: int = Field(default=0, ge=0, description="sequences in memory at once; 0: the batch")
+    checkpoint_every: int = Field(default=20, ge=0, description="steps between resume points")
+    evaluate_every: int = Field(default=0, ge=0, description="steps between held-out losses")
 
 
 class SpeedConfig(Section):
@@ -292,3 +313,8 @@ class Recipe(Section):
     def dump(self) -> str:
         """The whole recipe as YAML, every default written out; `load` gives it back."""
         return yaml.safe_dump(self.to_mapping(), sort_keys=False, allow_unicode=True, width=100)
+
+
+def demo_recipe() -> Path:
+    """The recipe of the demo, which comes with the package."""
+    return Path(str(files("minipuzzle.demo"))) / "demo.yaml"

@@ -6,7 +6,6 @@ import difflib
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from minipuzzle.errors import UserError
+from minipuzzle.source import DEMO, demo_teacher
 
-DEMO = "demo"  # the name of the bundled teacher in a recipe
 FILE_SOURCES = (".txt", ".jsonl", ".parquet")
 
 
@@ -140,11 +139,6 @@ def _model_path(model: str, base: Path) -> str:
 def portable_model(model: str) -> str:
     """The inverse of what a recipe does with `demo`: the bundled teacher's path has that name."""
     return DEMO if model == str(demo_teacher()) else model
-
-
-def demo_teacher() -> Path:
-    """The folder of the teacher that comes with the package."""
-    return Path(str(files("minipuzzle.demo"))) / "teacher"
 
 
 def explain(error: ValidationError, root: type[BaseModel], place: Place) -> str:

@@ -1,0 +1,204 @@
+"""Roughly what each stage needs, before hours are spent: disk, memory, time.
+
+Counted from parameters and tokens (2 operations per parameter and token forward, 4 more backward:
+Kaplan et al., arXiv 2001.08361, section 2.1) and the rate at which this machine multiplies
+matrices. Everything else a model does (scan, norms, data) is one measured factor. Within a factor
+of two or three, which is what decides between minutes and days.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from minipuzzle.progress import table
+from minipuzzle.units import format_bytes, format_seconds, parse_budget
+
+if TYPE_CHECKING:
+    from minipuzzle.architecture import Architecture
+    from minipuzzle.recipe import Recipe, SourceConfig
+    from minipuzzle.runfolder import RunFolder
+
+PROBE_SECONDS = 0.2
+MATMUL_SHARE = 0.4  # of a model's time on a CPU; measured on the bundled teacher
+DISK_BYTES_PER_SECOND = 200e6
+STORED_BYTES = 2  # per parameter in a checkpoint (bf16)
+COMPUTE_BYTES = 4  # per parameter in memory (fp32)
+TRAINED_BYTES = 16  # per trained parameter: weight, gradient and two moments in fp32
+QUESTIONS_PER_TASK = 1000  # where the recipe sets no limit
+TOKENS_PER_QUESTION = 128
+REPORT_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one stage needs: bytes on disk, bytes of memory at its peak, seconds."""
+
+    stage: str
+    disk_bytes: float
+    memory_bytes: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """The sizes everything is estimated from.
+
+    ``student`` is the expected number of parameters after the cut; ``rate`` is the operations per
+    second of a whole model, not of a matrix product alone.
+    """
+
+    recipe: Recipe
+    architecture: Architecture
+    teacher: int
+    student: float
+    rate: float
+
+    def forward_seconds(self, parameters: float, tokens: float) -> float:
+        """One pass over ``tokens``."""
+        return 2 * parameters * tokens / self.rate
+
+    def training_seconds(self, tokens: float) -> float:
+        """Teacher forward, student forward and backward over ``tokens``."""
+        student = 3 * self.forward_seconds(self.student, tokens)
+        return self.forward_seconds(self.teacher, tokens) + student
+
+    def activation_bytes(self, tokens: float) -> float:
+        """Hidden state and logits of ``tokens`` in fp32."""
+        return tokens * (self.architecture.hidden + self.architecture.vocabulary) * COMPUTE_BYTES
+
+
+def estimate(recipe: Recipe) -> list[Need]:
+    """The needs of all stages in order. UserError when the model cannot be read."""
+    work = _work(recipe)
+    stages = (_score, _search, _prune, _repair, _distill, _eval, _export, _report)
+    return [stage(work) for stage in stages]
+
+
+def render(needs: list[Need], folder: RunFolder) -> str:
+    """The table of ``needs``; stages whose artefacts are in ``folder`` are marked."""
+    from minipuzzle.pipeline import STAGES
+
+    artefacts = {stage.name: stage.artefact for stage in STAGES}
+    rows = [
+        [
+            need.stage,
+            format_bytes(need.disk_bytes),
+            format_bytes(need.memory_bytes),
+            format_seconds(need.seconds),
+            "is there" if folder.stage(artefacts[need.stage]) else "",
+        ]
+        for need in needs
+    ]
+    disk, seconds = (sum(getattr(x, name) for x in needs) for name in ("disk_bytes", "seconds"))
+    peak = max(need.memory_bytes for need in needs)
+    rows.append(["all", format_bytes(disk), format_bytes(peak), format_seconds(seconds), ""])
+    return table(["stage", "disk", "memory", "time", folder.path.name], rows) + (
+        "\n\nRough, from parameter counts, tokens and a short measurement of this machine;"
+        "\nexpect times within a factor of three. Nothing was written."
+    )
+
+
+def matmul_rate(seconds: float = PROBE_SECONDS) -> float:
+    """Operations per second of fp32 matrix products on the device the stages use."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = 4096 if device == "cuda" else 512
+    matrix = torch.ones(size, size, device=device)
+    _ = (matrix @ matrix)[0, 0].item()  # the first call sets up
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        _ = (matrix @ matrix)[0, 0].item()
+        count += 1
+    return 2 * size**3 * count / (time.perf_counter() - start)
+
+
+def _work(recipe: Recipe) -> Work:
+    from minipuzzle.families import parameter_count
+    from minipuzzle.memory import memory
+    from minipuzzle.source import resolve_config
+
+    family, architecture = resolve_config(recipe.model, recipe.revision)
+    teacher = parameter_count(architecture, family)
+    total = memory(architecture, family, recipe.deployment.build()).total
+    share = min(1.0, parse_budget(recipe.budget).of(total) / total)
+    return Work(recipe, architecture, teacher, share * teacher, MATMUL_SHARE * matmul_rate())
+
+
+def _tokens(source: SourceConfig, blocks: int) -> int:
+    return source.block * blocks
+
+
+def _score(work: Work) -> Need:
+    """All layers in one sweep cost half a forward pass per layer (docs/design.md, walk)."""
+    tokens = _tokens(work.recipe.data.calibration, work.recipe.score.blocks)
+    layers = len(work.architecture.layers)
+    seconds = (layers / 2 + 1) * work.forward_seconds(work.teacher, tokens)
+    states = (layers / 2 + 1) * tokens * work.architecture.hidden * COMPUTE_BYTES
+    return Need("score", 2**20, work.teacher * COMPUTE_BYTES + states, seconds)
+
+
+def _search(work: Work) -> Need:
+    """Each candidate is a forward pass over the search text; finalists also train."""
+    settings, data = work.recipe.search, work.recipe.data
+    tokens = _tokens(data.search, settings.blocks)
+    steps = settings.finalists * settings.finalist_steps
+    trained = steps * _tokens(data.distillation, work.recipe.distill.batch)
+    seconds = settings.trials * work.forward_seconds(work.student, tokens)
+    training = work.training_seconds(trained)
+    return Need("search", 2**20, _training_memory(work), seconds + training)
+
+
+def _prune(work: Work) -> Need:
+    """Read once, write once."""
+    seconds = (work.teacher + work.student) * STORED_BYTES / DISK_BYTES_PER_SECOND
+    memory = (work.teacher + work.student) * COMPUTE_BYTES
+    return Need("prune", work.student * STORED_BYTES, memory, seconds)
+
+
+def _repair(work: Work) -> Need:
+    """Teacher and student streams side by side, and as much again for the normal equations."""
+    tokens = _tokens(work.recipe.data.calibration, work.recipe.repair.blocks)
+    seconds = 2 * work.forward_seconds(work.teacher + work.student, tokens)
+    states = 2 * tokens * work.architecture.hidden * COMPUTE_BYTES
+    memory = (work.teacher + work.student) * COMPUTE_BYTES + states
+    return Need("repair", work.student * STORED_BYTES, memory, seconds)
+
+
+def _distill(work: Work) -> Need:
+    """The student's checkpoint, and the resume point with its optimiser."""
+    settings = work.recipe.distill
+    tokens = settings.steps * _tokens(work.recipe.data.distillation, settings.batch)
+    disk = work.student * (STORED_BYTES + TRAINED_BYTES)
+    return Need("distill", disk, _training_memory(work), work.training_seconds(tokens))
+
+
+def _eval(work: Work) -> Need:
+    """Four models: report text, questions, decoded tokens (one pass over the weights each)."""
+    settings = work.recipe.eval
+    questions = len(settings.tasks) * (settings.limit or QUESTIONS_PER_TASK)
+    tokens = _tokens(work.recipe.data.report, settings.blocks) + questions * TOKENS_PER_QUESTION
+    models = work.teacher + 3 * work.student
+    memory = models * COMPUTE_BYTES + work.activation_bytes(8 * work.recipe.data.report.block)
+    return Need("eval", 2**20, memory, work.forward_seconds(models, tokens))
+
+
+def _export(work: Work) -> Need:
+    """A copy of the student."""
+    stored = work.student * STORED_BYTES
+    return Need("export", stored, work.student * COMPUTE_BYTES, 2 * stored / DISK_BYTES_PER_SECOND)
+
+
+def _report(work: Work) -> Need:
+    """Text and pictures; what takes time is importing what draws them."""
+    return Need("report", REPORT_BYTES, 2**28, 2.0)
+
+
+def _training_memory(work: Work) -> float:
+    batch = _tokens(work.recipe.data.distillation, work.recipe.distill.batch)
+    layers = len(work.architecture.layers)
+    kept = batch * work.architecture.hidden * layers * 10 * COMPUTE_BYTES  # for the backward pass
+    weights = work.teacher * COMPUTE_BYTES + work.student * TRAINED_BYTES
+    return weights + kept + work.activation_bytes(batch)
