@@ -102,27 +102,36 @@ class _Evaluator:
             }
         atomic_write_json(self.work / "evaluation.json", evaluation)
 
+    @property
+    def _sources(self) -> dict[str, str]:
+        data = self.recipe.data
+        return {name: getattr(data, name).source for name in type(data).model_fields}
+
     @cached_property
     def _blocks(self) -> torch.Tensor:
         """Report text as token ids, (N, T): the same for all models, they share a tokenizer."""
-        data, settings = self.recipe.data, self.recipe.eval
-        sources = {name: getattr(data, name).source for name in type(data).model_fields}
         return token_blocks(
-            data.report.source,
+            self._sources["report"],
             model.load_tokenizer(self.folders["teacher"]),
-            block=data.report.block,
-            blocks=settings.blocks,
+            block=self.recipe.data.report.block,
+            blocks=self.recipe.eval.blocks,
             seed=self.recipe.seed,
-            split=shares(sources)["report"],
+            split=shares(self._sources)["report"],
         )
 
     @cached_property
     def _tasks(self) -> Tasks | None:
-        if not self.recipe.eval.tasks:
+        settings = self.recipe.eval
+        if not settings.tasks:
             return None
-        tokenizer = model.load_tokenizer(self.folders["teacher"])
-        limit = self.recipe.eval.limit
-        return prepare(self.recipe, tokenizer, self.work / "tasks", limit=limit)
+        return prepare(
+            settings.tasks,
+            self._sources,
+            model.load_tokenizer(self.folders["teacher"]),
+            self.work / "tasks",
+            limit=settings.limit,
+            seed=self.recipe.seed,
+        )
 
     def _record(self, name: str) -> dict[str, Any]:
         """Everything about one model but its speed."""

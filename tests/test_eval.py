@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import runpy
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,8 @@ from minipuzzle.eval.bpb import bits_per_byte
 from minipuzzle.eval.harness import Tasks, _Scorer
 from minipuzzle.eval.speed import measure
 from tests.tiny_text import LINES, tiny_run, write_model
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
 @pytest.fixture(scope="module")
@@ -354,3 +357,46 @@ def test_without_tasks_there_is_no_accuracy(tmp_path: Path) -> None:
     record = evaluation(run(recipe, folder))
     assert record["models"]["teacher"]["tasks"] == {}
     assert "against_teacher" not in record
+
+
+# --- scripts/compare_full.py
+
+
+@pytest.mark.usefixtures("tasks_on_disk")
+def test_full_comparison_of_a_finished_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, folder = tiny_run(tmp_path, tasks=("first",))
+    short = evaluation(run(recipe, folder))
+    write_task(tmp_path / "all", "first", 80)
+    every = Tasks(["first"], folder=tmp_path / "all", defaults=False)
+    script = runpy.run_path(str(SCRIPTS / "compare_full.py"))
+    asked: list[Any] = []
+
+    def prepare(names: Any, sources: Any, *_: Any, **more: Any) -> Tasks:
+        asked.append((tuple(names), sources["report"], more["limit"], more["seed"]))
+        return every
+
+    monkeypatch.setitem(script["_answers"].__globals__, "prepare", prepare)
+    result = tmp_path / "result.json"
+    assert script["main"]([str(folder.path), "--json", str(result)]) == 0
+    assert asked == [(("first",), recipe.data.report.source, None, recipe.seed)]
+    record = json.loads(result.read_text())
+    both = {name: task["tasks"]["first"] for name, task in record["models"].items()}
+    assert list(both) == ["teacher", "student"]
+    for name, task in both.items():
+        loaded = model.load(folder.path / short["models"][name]["path"])
+        expected = expected_answers(loaded, tmp_path / "all" / "first.jsonl")
+        assert task["n"] == 80
+        assert task["acc"] == pytest.approx(statistics.fmean(expected.values()))
+    gap = record["against_teacher"]["student"]["tasks"]["first"]
+    assert gap["mean"] == pytest.approx(both["student"]["acc"] - both["teacher"]["acc"])
+    assert "student keeps" in capsys.readouterr().out
+
+
+def test_full_comparison_without_evaluation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = runpy.run_path(str(SCRIPTS / "compare_full.py"))
+    assert script["main"]([str(tmp_path)]) == 2
+    assert "evaluation" in capsys.readouterr().err
