@@ -215,7 +215,8 @@ def write_checkpoint(
     """Write a model folder: shards as tensors arrive, then config.json, then one rename.
 
     Args:
-        folder: replaced if it exists; never seen half-written.
+        folder: never seen half-written; in one that exists a former checkpoint is replaced and
+            config.json comes last.
         config: contents of config.json.
         tensors: (name on disk, tensor), consumed once; at most one shard is in memory.
         total_bytes: of all tensors; checked against the free disk before anything is written.
@@ -240,11 +241,20 @@ def write_checkpoint(
         _write_json(temporary / "config.json", config)
         if carry_from is not None:
             carry_files(carry_from, temporary)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+        _publish(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    """Move finished files into place: a rename of the folder, or of each file, config.json last."""
+    if not folder.exists():
+        temporary.rename(folder)
+        return
+    for stale in [*folder.glob("*.safetensors"), folder / INDEX]:
+        stale.unlink(missing_ok=True)
+    for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
+        path.replace(folder / path.name)
 
 
 def _write_shards(

@@ -96,7 +96,7 @@ def load(folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # ours is the one on the screen
+    logging.disable_progress_bar()  # ours is the one on the screen
     config, family, architecture, _ = open_checked(folder)
     stock = transformers_config(family, config, architecture)
     module = AutoModelForCausalLM.from_pretrained(

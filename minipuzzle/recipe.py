@@ -194,6 +194,7 @@ class SearchConfig(Section):
     max_removed: MaxRemoved = Field(default=MaxRemoved(), description="layers that may go")
     finalists: int = Field(default=3, ge=1, description="candidates that get a short distillation")
     finalist_steps: int = Field(default=8, ge=0, description="steps of that distillation")
+    finalist_blocks: int = Field(default=32, ge=1, description="calibration text of their repair")
 
 
 class RepairConfig(Section):

@@ -15,15 +15,48 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from minipuzzle import progress
-from minipuzzle.model import Model
+from minipuzzle.checkpoint import Checkpoint
+from minipuzzle.data.blocks import recipe_blocks
+from minipuzzle.files import atomic_write_json
+from minipuzzle.jsonfile import read_json
+from minipuzzle.model import Model, load, save, stored_dtype
+from minipuzzle.recipe import Recipe
+from minipuzzle.runfolder import RunFolder
 from minipuzzle.selection import Selection
+from minipuzzle.source import resolve
 from minipuzzle.walk import Walk, chunks
+
+
+def run(recipe: Recipe, folder: RunFolder) -> None:
+    """Stage `repair`: write repaired/ from the teacher and pruned/, on calibration text."""
+    teacher = resolve(recipe.model, recipe.revision)
+    pruned = folder.artefact("pruned")
+    inputs = {
+        "teacher": Checkpoint.open(teacher).fingerprint(),
+        "pruned": folder.fingerprint("pruned"),
+        "repair": recipe.repair.model_dump(mode="json"),
+        "data": recipe.data.model_dump(mode="json"),
+        "seed": recipe.seed,
+    }
+
+    def body(work: Path) -> None:
+        selection = Selection.from_json(read_json(pruned / "selection.json"))
+        ahead, student = load(teacher), load(pruned)
+        ids = recipe_blocks(recipe, "calibration", ahead.tokenizer, recipe.repair.blocks)
+        dtype = stored_dtype(Checkpoint.open(pruned))
+        refits = repair(ahead, student, selection, ids, ridge=recipe.repair.ridge, dtype=dtype)
+        save(student, work, dtype=dtype)
+        atomic_write_json(work / "selection.json", selection.to_json())
+        atomic_write_json(work / "repair.json", {"refits": [asdict(refit) for refit in refits]})
+
+    folder.run_stage("repair", "repaired", inputs, body)
 
 
 @dataclass(frozen=True)

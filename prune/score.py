@@ -15,18 +15,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from minipuzzle import progress
+from minipuzzle.checkpoint import Checkpoint
+from minipuzzle.data.blocks import recipe_blocks
 from minipuzzle.families.table import Probe, TensorLayout, axis_sizes, segment_size
-from minipuzzle.model import Model
+from minipuzzle.model import Model, load
+from minipuzzle.recipe import Recipe
+from minipuzzle.runfolder import RunFolder
 from minipuzzle.scores import Scores
+from minipuzzle.source import resolve
 from minipuzzle.walk import Walk
 
 SEQUENCES_PER_SWEEP = 4
+
+
+def run(recipe: Recipe, folder: RunFolder) -> None:
+    """Stage `score`: write scores/ for the recipe's model on its calibration text."""
+    teacher = resolve(recipe.model, recipe.revision)
+    inputs = {
+        "teacher": Checkpoint.open(teacher).fingerprint(),
+        "score": recipe.score.model_dump(mode="json"),
+        "data": recipe.data.model_dump(mode="json"),
+        "seed": recipe.seed,
+    }
+
+    def body(work: Path) -> None:
+        model = load(teacher)
+        ids = recipe_blocks(recipe, "calibration", model.tokenizer, recipe.score.blocks)
+        score(model, ids, inputs).save(work)
+
+    folder.run_stage("score", "scores", inputs, body)
 
 
 @torch.no_grad()
