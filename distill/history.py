@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minipuzzle.errors import UserError
 from minipuzzle.files import atomic_write_text
 
 HISTORY_FILE = "history.jsonl"
@@ -72,13 +73,21 @@ class History:
 
         What a killed run wrote after its last checkpoint will be written again, and a last line
         it did not finish is no entry.
+
+        Raises:
+            UserError: the file lacks some of these steps.
         """
-        history = cls(path=path)
         if path is None:
-            return history
+            return cls()
+        history = cls(path=path)
         kept = [entry for entry in _read(path) if entry.step < done] if path.exists() else []
         for entry in kept:
             history._keep(entry)
+        if len(history.steps) != done:
+            raise UserError(
+                f"{path} lacks steps before {done}, where the checkpoint beside it goes on; "
+                f"remove {path.parent}"
+            )
         atomic_write_text(path, "".join(map(_line, kept)), sync=False)
         return history
 

@@ -25,7 +25,7 @@ from .heldout import evaluate
 from .history import HISTORY_FILE, History, Step
 from .loss import forward_kl
 from .resume import load_training, save_training
-from .teacher import OnlineTeacher, Teacher, final_hidden, head_weight
+from .teacher import OnlineTeacher, Teacher, TeacherStates, final_hidden, head_weight
 
 
 def train(
@@ -187,13 +187,13 @@ def _judge(
         return None
     if not isinstance(teacher, nn.Module):
         raise ValueError("held_out needs the teacher as a module")
-    return OnlineTeacher(teacher, held_out), held_out
+    return TeacherStates(teacher, held_out), held_out
 
 
 def _identity(blocks: Tensor, settings: Settings) -> dict[str, Any]:
-    """What a checkpoint must agree with to be resumed from; JSON-able."""
+    """What a checkpoint must agree with to be resumed from: all that the result depends on."""
     digest = hashlib.sha256(blocks.contiguous().cpu().numpy().tobytes()).hexdigest()
-    values = asdict(settings)
+    values = {key: value for key, value in asdict(settings).items() if key != "checkpoint_every"}
     return {**values, "betas": list(settings.betas), "blocks": [*blocks.shape, digest]}
 
 

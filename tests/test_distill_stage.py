@@ -1,0 +1,147 @@
+"""The stage: from repaired (or pruned) to student, resumable, recorded."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minipuzzle import model
+from minipuzzle.checkpoint import Checkpoint
+from minipuzzle.distill import run, stage
+from minipuzzle.distill.history import HISTORY_FILE, Step, read_history
+from minipuzzle.errors import UserError
+from minipuzzle.recipe import Recipe
+from minipuzzle.runfolder import RunFolder
+from tests.tiny_text import tiny_run, write_model
+
+DISTILL = {"steps": 6, "batch": 2, "learning_rate": 1e-3, "checkpoint_every": 2}
+
+
+class Killed(Exception):
+    pass
+
+
+def _run(place: Path, made: tuple[str, ...] = ("repaired",), **changes: Any) -> Any:
+    """A recipe and a run folder with bf16 models named in `made`."""
+    recipe, folder = tiny_run(place, distill={**DISTILL, **changes})
+    shutil.rmtree(folder.path / "student")  # what tiny_run made for other tests
+    return recipe, _filled(folder, made)
+
+
+def _filled(folder: RunFolder, made: tuple[str, ...]) -> RunFolder:
+    for seed, name in enumerate(made):
+
+        def body(work: Path, seed: int = seed) -> None:
+            changes: dict[str, Any] = {"hybrid_override_pattern": "M-M*-"}
+            write_model(work, seed=seed, dtype=torch.bfloat16, **changes)
+
+        folder.run_stage("repair", name, {}, body)
+    return folder
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = Checkpoint.open(folder)
+    return {name: checkpoint.tensor(name) for name in checkpoint.names}
+
+
+def _same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, RunFolder, Path]:
+    recipe, folder = _run(tmp_path_factory.mktemp("done"), ("repaired", "pruned"))
+    return recipe, folder, run(recipe, folder)
+
+
+def test_the_student_is_a_trained_checkpoint(done: tuple[Recipe, RunFolder, Path]) -> None:
+    recipe, folder, student = done
+    teacher, start = Path(recipe.model), folder.artefact("repaired")
+    loaded = model.load(student)
+    assert loaded.architecture == model.read_architecture(start)[2]
+    assert loaded.tokenizer.eos_token_id == model.load_tokenizer(teacher).eos_token_id
+    stored = {tensor.dtype for tensor in _tensors(student).values()}
+    assert stored == {model.stored_dtype(Checkpoint.open(teacher))}
+    moved = {n: t.float() for n, t in _tensors(student).items()}
+    before = {n: t.float() for n, t in _tensors(start).items()}
+    assert all(not torch.equal(moved[name], before[name]) for name in before)
+    assert not list(student.rglob("training*"))
+
+
+def test_what_is_recorded(done: tuple[Recipe, RunFolder, Path]) -> None:
+    _, _, student = done
+    result = json.loads((student / "distill.json").read_text())
+    assert (result["start"], result["steps"], result["tokens"]) == ("repaired", 6, 6 * 2 * 32)
+    assert (result["before"]["step"], result["after"]["step"]) == (0, 6)
+    assert result["before"]["kl"] != result["after"]["kl"]
+    assert [step.step for step in read_history(student / HISTORY_FILE).steps] == list(range(6))
+
+
+def test_a_second_run_does_nothing(
+    done: tuple[Recipe, RunFolder, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, folder, student = done
+    monkeypatch.setattr(stage, "_make", None)
+    assert run(recipe, folder) == student
+    other = recipe.model_copy(
+        update={"distill": recipe.distill.model_copy(update={"checkpoint_every": 5})}
+    )
+    assert run(other, folder) == student
+
+
+@pytest.mark.parametrize("moment", ["training", "saving", "recording", "clearing"])
+def test_killed_and_started_again(
+    moment: str,
+    done: tuple[Recipe, RunFolder, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An exception at some moment stands for a kill: nothing of ours cleans up after it."""
+    recipe, _, whole = done
+    folder = _filled(RunFolder(tmp_path / "run"), ("repaired", "pruned"))
+
+    def die(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    def dying_bar(_: Any) -> Any:
+        def on_step(entry: Step) -> None:
+            if entry.step == 4:
+                raise Killed
+
+        return on_step
+
+    with monkeypatch.context() as patch:
+        if moment == "training":
+            patch.setattr(stage, "_shown", dying_bar)
+        elif moment == "saving":
+            patch.setattr(stage, "save", die)
+        elif moment == "recording":
+            patch.setattr(stage, "atomic_write_json", die)
+        else:
+            patch.setattr(stage, "_clear", die)
+        with pytest.raises(Killed):
+            run(recipe, folder)
+    with pytest.raises(UserError):
+        folder.artefact("student")
+    student = run(recipe, folder)
+    assert _same(_tensors(student), _tensors(whole))
+    for name in (HISTORY_FILE, "distill.json"):
+        assert (student / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_no_steps_give_the_starting_point(tmp_path: Path) -> None:
+    recipe, folder = _run(tmp_path, ("pruned",), steps=0)
+    student = run(recipe, folder)
+    exact = {name: tensor.float() for name, tensor in _tensors(folder.artefact("pruned")).items()}
+    assert _same({n: t.float() for n, t in _tensors(student).items()}, exact)
+    result = json.loads((student / "distill.json").read_text())
+    assert result["start"] == "pruned" and result["before"] == result["after"]
+
+
+def test_nothing_to_distill(tmp_path: Path) -> None:
+    recipe, folder = _run(tmp_path, ())
+    with pytest.raises(UserError, match="neither repaired nor pruned"):
+        run(recipe, folder)
