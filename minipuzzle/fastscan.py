@@ -175,9 +175,7 @@ class _Ssd(torch.autograd.Function):
 
         scores = torch.bmm(bk, ck.transpose(1, 2)).triu_()  # K G, s, l
         _, mixed = _within_chunk(cum, start, scores)
-        if d is not None:  # the skip connection is one more entry on the diagonal
-            mixed.view(k, h, size, size).diagonal(dim1=2, dim2=3).add_(d[:, None])
-        within = torch.bmm(xk.view(k * h, p, size), mixed).view(k, h, p, size)
+        yk = torch.bmm(xk.view(k * h, p, size), mixed).view(k, h, p, size)
 
         states = x.new_empty(cut.count + 1, batch, h, p, n)
         states[0] = 0 if initial is None else initial
@@ -187,17 +185,19 @@ class _Ssd(torch.autograd.Function):
         for i in range(cut.count):
             states[i + 1].addcmul_(states[i], kept[i])
         carried = torch.bmm(states[:-1].view(k * g, -1, n), ck.transpose(1, 2))
-        y = cut.tokens_first(within.addcmul_(carried.view(k, h, p, size), entry[:, :, None]))
+        yk.addcmul_(carried.view(k, h, p, size), entry[:, :, None])
 
-        ctx.save_for_backward(xk, steps, a, bk, ck, d, cum, start, states, y)
+        # Kept without the skip connection, which would drown the small gradients of dt and a.
+        ctx.save_for_backward(xk, steps, a, bk, ck, d, cum, start, states, yk)
         ctx.cut, ctx.has_initial = cut, initial is not None
-        return y, states[-1].clone()
+        y = yk if d is None else torch.addcmul(yk, xk, d[:, None, None])
+        return cut.tokens_first(y), states[-1].clone()
 
     @staticmethod
     @once_differentiable
     @_backward
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        xk, steps, a, bk, ck, d, cum, start, states, y = ctx.saved_tensors
+        xk, steps, a, bk, ck, d, cum, start, states, yk = ctx.saved_tensors
         cut: _Chunks = ctx.cut
         (k, h, p, size), n = xk.shape, bk.shape[2]
         g = bk.shape[0] // k
@@ -209,7 +209,9 @@ class _Ssd(torch.autograd.Function):
         decay, mixed = _within_chunk(cum, start, scores)
         dxk = torch.bmm(dyk.view(k * h, p, size), mixed.transpose(1, 2)).view(k, h, p, size)
         dmixed = torch.bmm(xk.view(k * h, p, size).transpose(1, 2), dyk.view(k * h, p, size))
-        skipped = dmixed.diagonal(dim1=1, dim2=2).view(k, h, size).clone()  # x_l . dy_l
+        dd = None
+        if d is not None:  # the diagonal holds x_l . dy_l
+            dd = dmixed.diagonal(dim1=1, dim2=2).view(k, h, size).sum((0, 2))
         dscores = dmixed.view(k, h, size, size).mul_(decay).view(k, g, -1, size, size).sum(2)
         dscores = dscores.view(k * g, size, size).triu_()
         db, dc = torch.bmm(dscores, ck), torch.bmm(dscores.transpose(1, 2), bk)
@@ -232,10 +234,7 @@ class _Ssd(torch.autograd.Function):
         # Every output l grows with 2^cum_l and every input s shrinks with 2^-cum_s, so the gradient
         # of cum needs no derivative of the Q x Q decays: only y . dy, x . dx and state . dstate.
         xdx = torch.mul(xk, dxk, out=through).sum(2)
-        ydy = cut.split((y * dy).sum(3)).transpose(2, 3).reshape(k, h, size)
-        if d is not None:
-            ydy = ydy.addcmul_(skipped, d[:, None], value=-1.0)
-        dcum = ydy - xdx
+        dcum = torch.mul(yk, dyk, out=through).sum(2).sub_(xdx)
         dcum[..., -1] += (states[1:] * dstates[1:]).sum((-2, -1)).view(k, h)
         dlog = dcum.flip(-1).cumsum(-1).flip(-1)  # gradient of dt * a
         dsteps = xdx.div_(steps.clamp_min(_TINY_DT)).addcmul_(dlog, a[:, None])
@@ -248,7 +247,7 @@ class _Ssd(torch.autograd.Function):
             (dlog * steps).sum((0, 2)),
             cut.from_group(db, g),
             cut.from_group(dc, g),
-            None if d is None else skipped.sum((0, 2)),
+            dd,
             dstates[0] if ctx.has_initial else None,
             None,
         )
