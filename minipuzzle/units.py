@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 from minipuzzle.errors import UserError
 
@@ -32,7 +33,7 @@ _NUMBER = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z%]*)\s*\Z", re.ASCII)
 class Budget:
     """A limit of memory: either ``fraction`` of the teacher's total or a number of ``bytes``."""
 
-    fraction: float | None = None
+    fraction: Fraction | None = None
     bytes: int | None = None
 
     def __post_init__(self) -> None:
@@ -115,12 +116,12 @@ def format_seconds(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _split(text: str, what: str, example: str) -> tuple[float, str]:
-    """Number and unit of ``text``. UserError unless it is one number and at most one word."""
+def _split(text: str, what: str, example: str) -> tuple[Fraction, str]:
+    """The exact number and the unit of ``text``. UserError unless it is one number and at most one word."""
     match = _NUMBER.match(text)
     if match is None:
         raise UserError(f'"{text}" is not a {what}; write it like {example}')
-    return float(match[1]), match[2]
+    return Fraction(match[1]), match[2]
 
 
 def _unit_message(text: str, what: str, unit: str, known: list[str], example: str) -> str:

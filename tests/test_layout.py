@@ -1,0 +1,107 @@
+"""The packaging says what the folders say: what it forgets works here and nowhere else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOT_SHIPPED = {"__pycache__", "build"}
+
+
+def setuptools_table() -> dict[str, Any]:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        table: dict[str, Any] = tomllib.load(file)["tool"]["setuptools"]
+    return table
+
+
+def stage_folders() -> dict[str, str]:
+    """Package -> folder, for the packages that lie outside minipuzzle/."""
+    mapping: dict[str, str] = setuptools_table()["package-dir"]
+    return {package: folder for package, folder in mapping.items() if package != "minipuzzle"}
+
+
+def packages_on_disk() -> set[str]:
+    roots = {"minipuzzle": "minipuzzle", **stage_folders()}
+    found = set()
+    for package, folder in roots.items():
+        for init in (ROOT / folder).rglob("__init__.py"):  # rglob does not follow links
+            if not NOT_SHIPPED & set(init.parts):
+                inner = init.parent.relative_to(ROOT / folder).parts
+                found.add(".".join([package, *inner]))
+    return found
+
+
+def test_packages_are_the_folders_with_an_init() -> None:
+    listed = setuptools_table()["packages"]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == packages_on_disk()
+
+
+def test_no_module_without_a_package() -> None:
+    """A folder of .py files without __init__.py would be left out of the wheel."""
+    folders = ["minipuzzle", *stage_folders().values()]
+    bare = {
+        path.parent
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.py")
+        if not NOT_SHIPPED & set(path.parts) and not (path.parent / "__init__.py").exists()
+    }
+    assert not bare
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links may be text files there")
+@pytest.mark.parametrize("package", sorted(stage_folders()))
+def test_links_lead_to_the_folders_of_the_mapping(package: str) -> None:
+    link = ROOT.joinpath(*package.split("."))
+    assert link.is_symlink(), f"{link} is missing: ln -s ../{stage_folders()[package]} {link}"
+    assert not link.readlink().is_absolute()
+    assert link.resolve() == ROOT / stage_folders()[package]
+
+
+def test_dependencies_of_the_constraints_cover_the_project() -> None:
+    """Every package that pyproject.toml asks for (but the gpu extra) has a tested version."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)["project"]
+    wanted = {name_of(text) for text in project["dependencies"]}
+    wanted |= {name_of(text) for text in project["optional-dependencies"]["dev"]}
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {name_of(line) for line in lines if "==" in line and not line.startswith("#")}
+    assert wanted <= pinned
+    assert "torch==2.13.0" in lines
+
+
+def name_of(requirement: str) -> str:
+    end = next((i for i, c in enumerate(requirement) if c in "<>=!~[ ;"), len(requirement))
+    return requirement[:end].lower().replace("_", "-")
+
+
+@pytest.mark.slow
+def test_wheel_is_whole(tmp_path: Path) -> None:
+    """Every module and data file that git knows under the packages is in the wheel, once."""
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert len(names) == len(set(names))
+    shipped = {name for name in names if name.startswith("minipuzzle/")}
+    assert shipped == tracked_files()
+
+
+def tracked_files() -> set[str]:
+    folders = {"minipuzzle": "minipuzzle", **stage_folders()}
+    found = set()
+    for package, folder in folders.items():
+        command = ["git", "-C", str(ROOT), "ls-files", "-s", folder]
+        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        for line in listing.splitlines():
+            mode, path = line.split(" ", 1)[0], line.split("\t", 1)[1]
+            if mode != "120000":  # a link
+                found.add("/".join([*package.split("."), *Path(path).relative_to(folder).parts]))
+    return found
