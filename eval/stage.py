@@ -14,10 +14,10 @@ import torch
 
 from minipuzzle import model, progress
 from minipuzzle.checkpoint import Checkpoint
-from minipuzzle.data.packing import byte_lengths, token_blocks
-from minipuzzle.data.splits import shares
+from minipuzzle.data.blocks import recipe_blocks
+from minipuzzle.data.packing import byte_lengths
 from minipuzzle.families import parameter_count
-from minipuzzle.memory import Deployment, memory
+from minipuzzle.memory import memory
 from minipuzzle.model import Model
 from minipuzzle.recipe import Recipe
 from minipuzzle.runfolder import RunFolder, atomic_write_json, atomic_write_text
@@ -58,21 +58,6 @@ def model_folders(recipe: Recipe, folder: RunFolder) -> dict[str, Path]:
     return {"teacher": resolve(recipe.model, recipe.revision), **made}
 
 
-def deployment(recipe: Recipe) -> Deployment:
-    """The deployment that the recipe counts memory for."""
-    settings = recipe.deployment
-    return Deployment(
-        context=settings.context_tokens,
-        batch=settings.batch,
-        weights=settings.weights,
-        embeddings=settings.embeddings_precision,
-        kv=settings.kv,
-        state=settings.state,
-        conv=settings.conv,
-        reserve_bytes=settings.reserve_bytes,
-    )
-
-
 def load_for_measuring(folder: Path) -> Model:
     """fp32 on the CPU; as stored on a GPU, where real models would not fit in fp32."""
     if not torch.cuda.is_available():
@@ -102,22 +87,11 @@ class _Evaluator:
             }
         atomic_write_json(self.work / "evaluation.json", evaluation)
 
-    @property
-    def _sources(self) -> dict[str, str]:
-        data = self.recipe.data
-        return {name: getattr(data, name).source for name in type(data).model_fields}
-
     @cached_property
     def _blocks(self) -> torch.Tensor:
         """Report text as token ids, (N, T): the same for all models, they share a tokenizer."""
-        return token_blocks(
-            self._sources["report"],
-            model.load_tokenizer(self.folders["teacher"]),
-            block=self.recipe.data.report.block,
-            blocks=self.recipe.eval.blocks,
-            seed=self.recipe.seed,
-            split=shares(self._sources)["report"],
-        )
+        tokenizer = model.load_tokenizer(self.folders["teacher"])
+        return recipe_blocks(self.recipe, "report", tokenizer, self.recipe.eval.blocks)
 
     @cached_property
     def _tasks(self) -> Tasks | None:
@@ -126,7 +100,7 @@ class _Evaluator:
             return None
         return prepare(
             settings.tasks,
-            self._sources,
+            {split: source.source for split, source in self.recipe.data},
             model.load_tokenizer(self.folders["teacher"]),
             self.work / "tasks",
             limit=settings.limit,
@@ -146,7 +120,7 @@ class _Evaluator:
 
     def _measure(self, name: str) -> dict[str, Any]:
         loaded = load_for_measuring(self.folders[name])
-        sizes = memory(loaded.architecture, loaded.family, deployment(self.recipe)).to_json()
+        sizes = memory(loaded.architecture, loaded.family, self.recipe.deployment.build()).to_json()
         lengths = byte_lengths(loaded.tokenizer, loaded.architecture.vocabulary)
         with progress.bar(f"{name}: bits per byte", len(self._blocks), "blocks") as bar:
             loss = bits_per_byte(loaded.module, self._blocks, lengths, bar=bar)
