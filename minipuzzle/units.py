@@ -117,7 +117,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def _split(text: str, what: str, example: str) -> tuple[Fraction, str]:
-    """The exact number and the unit of ``text``. UserError unless it is one number and at most one word."""
+    """The exact number and the unit of ``text``. UserError unless it is a number and a word."""
     match = _NUMBER.match(text)
     if match is None:
         raise UserError(f'"{text}" is not a {what}; write it like {example}')
