@@ -101,7 +101,7 @@ def train_step(
         share = len(part) / len(rows)
         loss += accumulate(student, teacher, blocks, part, settings.temperature, share)
     rate = settings.learning_rate_at(step)
-    norm = _clip(optimizer, settings.clip)
+    norm = clip_gradients(optimizer, settings.clip)
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise UserError(
             f"distillation: loss {loss} and gradient norm {norm} at step {step} are not finite; "
@@ -167,7 +167,7 @@ def make_optimizer(student: nn.Module, settings: Settings) -> torch.optim.Optimi
     )
 
 
-def _clip(optimizer: torch.optim.Optimizer, bound: float) -> float:
+def clip_gradients(optimizer: torch.optim.Optimizer, bound: float) -> float:
     """Scale all gradients so that their joint norm is at most `bound` (0: leave them); the norm."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
