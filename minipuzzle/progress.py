@@ -40,8 +40,10 @@ def bar(label: str, total: int, unit: str = "") -> Iterator[Bar]:
     if sys.stdout.isatty():
         with _screen() as screen:
             row = _ScreenBar(screen, label, total, unit)
-            yield row
-            row.close()
+            try:
+                yield row
+            finally:
+                row.close()
     else:
         plain = _PlainBar(label, total, unit)
         yield plain
