@@ -98,9 +98,8 @@ def _one_trial(
     if point not in done:
         done[point] = Trial(number, point, space.memory_bytes(point), judge(point))
     found = done[point]
-    facts = {"point": asdict(point), "memory_bytes": found.memory_bytes, **asdict(found.proxies)}
-    for key, value in facts.items():
-        trial.set_user_attr(key, value)
+    # one attribute, one commit: SQLite waits for the disk at every one
+    trial.set_user_attr("result", {"point": asdict(point), **found.to_json()})
     study.tell(trial, found.proxies.kl)
 
 
@@ -127,10 +126,10 @@ def finished(study: optuna.Study) -> list[Trial]:
     """Distinct evaluated points of a study, in order."""
     trials: dict[Point, Trial] = {}
     for frozen in study.get_trials(states=[optuna.trial.TrialState.COMPLETE]):
-        attrs = frozen.user_attrs
-        point = Point(**attrs["point"])
-        proxies = Proxies(attrs["kl"], attrs["accuracy"], attrs["agreement"])
-        trials.setdefault(point, Trial(frozen.number, point, attrs["memory_bytes"], proxies))
+        result = frozen.user_attrs["result"]
+        point = Point(**result["point"])
+        proxies = Proxies(result["kl"], result["accuracy"], result["agreement"])
+        trials.setdefault(point, Trial(result["number"], point, result["memory_bytes"], proxies))
     return list(trials.values())
 
 

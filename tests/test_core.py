@@ -32,8 +32,8 @@ P56 = (
     "M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
 )
 P47 = (
-    "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M-M*-M-M-"
-    "M-M-M-"
+    "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M-M*-M-"
+    "M-M-M-M-"
 )
 P9 = "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"
 
