@@ -13,7 +13,7 @@ import pytest
 from minipuzzle.cli import COMMANDS, cli
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 
 
 def test_generated_pages_are_up_to_date() -> None:
