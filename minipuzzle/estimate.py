@@ -9,7 +9,8 @@ of two or three, which is what decides between minutes and days.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from minipuzzle.progress import table
@@ -18,7 +19,6 @@ from minipuzzle.units import format_bytes, format_seconds, parse_budget
 if TYPE_CHECKING:
     from minipuzzle.architecture import Architecture
     from minipuzzle.recipe import Recipe, SourceConfig
-    from minipuzzle.runfolder import RunFolder
 
 PROBE_SECONDS = 0.2
 MATMUL_SHARE = 0.4  # of a model's time on a CPU; measured on the bundled teacher
@@ -29,6 +29,7 @@ TRAINED_BYTES = 16  # per trained parameter: weight, gradient and two moments in
 QUESTIONS_PER_TASK = 1000  # where the recipe sets no limit
 TOKENS_PER_QUESTION = 128
 REPORT_BYTES = 4 * 2**20
+LIBRARY_BYTES = 0.4 * 2**30  # of a process that has imported torch and transformers; measured
 
 
 @dataclass(frozen=True)
@@ -71,30 +72,33 @@ class Work:
 
 def estimate(recipe: Recipe) -> list[Need]:
     """The needs of all stages in order. UserError when the model cannot be read."""
-    work = _work(recipe)
-    stages = (_score, _search, _prune, _repair, _distill, _eval, _export, _report)
-    return [stage(work) for stage in stages]
+    return _needs(recipe, MATMUL_SHARE * matmul_rate())
 
 
-def render(needs: list[Need], folder: RunFolder) -> str:
-    """The table of ``needs``; stages whose artefacts are in ``folder`` are marked."""
-    from minipuzzle.pipeline import STAGES
+def disk_bytes(recipe: Recipe, stages: Collection[str]) -> int:
+    """What the named stages will write together. Needs no torch. UserError like `estimate`."""
+    needs = _needs(recipe, rate=1.0)
+    return int(sum(need.disk_bytes for need in needs if need.stage in stages))
 
-    artefacts = {stage.name: stage.artefact for stage in STAGES}
+
+def render(needs: list[Need], done: Collection[str]) -> str:
+    """The table of ``needs``; the stages in ``done`` are marked and not added up."""
     rows = [
         [
             need.stage,
             format_bytes(need.disk_bytes),
             format_bytes(need.memory_bytes),
             format_seconds(need.seconds),
-            "is there" if folder.stage(artefacts[need.stage]) else "",
+            "done" if need.stage in done else "",
         ]
         for need in needs
     ]
-    disk, seconds = (sum(getattr(x, name) for x in needs) for name in ("disk_bytes", "seconds"))
-    peak = max(need.memory_bytes for need in needs)
-    rows.append(["all", format_bytes(disk), format_bytes(peak), format_seconds(seconds), ""])
-    return table(["stage", "disk", "memory", "time", folder.path.name], rows) + (
+    open_needs = [need for need in needs if need.stage not in done]
+    disk = sum(need.disk_bytes for need in open_needs)
+    peak = max((need.memory_bytes for need in open_needs), default=0.0)
+    seconds = sum(need.seconds for need in open_needs)
+    rows.append(["to do", format_bytes(disk), format_bytes(peak), format_seconds(seconds), ""])
+    return table(["stage", "disk", "memory", "time", ""], rows) + (
         "\n\nRough, from parameter counts, tokens and a short measurement of this machine;"
         "\nexpect times within a factor of three. Nothing was written."
     )
@@ -118,7 +122,14 @@ def matmul_rate(seconds: float = PROBE_SECONDS) -> float:
     return 2 * size**3 / fastest
 
 
-def _work(recipe: Recipe) -> Work:
+def _needs(recipe: Recipe, rate: float) -> list[Need]:
+    work = _work(recipe, rate)
+    stages = (_score, _search, _prune, _repair, _distill, _eval, _export, _report)
+    needs = [stage(work) for stage in stages]
+    return [replace(need, memory_bytes=need.memory_bytes + LIBRARY_BYTES) for need in needs]
+
+
+def _work(recipe: Recipe, rate: float) -> Work:
     from minipuzzle.families import parameter_count
     from minipuzzle.memory import memory
     from minipuzzle.source import resolve_config
@@ -127,7 +138,7 @@ def _work(recipe: Recipe) -> Work:
     teacher = parameter_count(architecture, family)
     total = memory(architecture, family, recipe.deployment.build()).total
     share = min(1.0, parse_budget(recipe.budget).of(total) / total)
-    return Work(recipe, architecture, teacher, share * teacher, MATMUL_SHARE * matmul_rate())
+    return Work(recipe, architecture, teacher, share * teacher, rate)
 
 
 def _tokens(source: SourceConfig, blocks: int) -> int:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minipuzzle import progress
-from minipuzzle.files import atomic_write_json, atomic_write_text, read_json
+from minipuzzle.files import atomic_write_json, atomic_write_text, read_json, require_disk
+from minipuzzle.recipe_io import portable_model
 from minipuzzle.runfolder import RunFolder
 from minipuzzle.units import parse_budget
 
@@ -58,7 +59,10 @@ def run(recipe: Recipe, folder: RunFolder) -> None:
     """
     from minipuzzle import results
 
+    name = Path(portable_model(recipe.model)).name
+    progress.say(f"{name} -> {folder.path}, budget {recipe.budget}")
     with folder.locked():
+        _require_disk(recipe, folder)
         for stage in STAGES:
             run_stage(stage.name, recipe, folder)
         summary = write_summary(recipe, folder)
@@ -82,7 +86,20 @@ def dry_run(recipe: Recipe, folder: RunFolder) -> None:
     """Print roughly what each stage will need; writes nothing."""
     from minipuzzle import estimate
 
-    progress.say(estimate.render(estimate.estimate(recipe), folder))
+    progress.say(estimate.render(estimate.estimate(recipe), _done(folder)))
+
+
+def _require_disk(recipe: Recipe, folder: RunFolder) -> None:
+    """UserError unless the disk has room for all that is still to be written."""
+    from minipuzzle import estimate
+
+    open_stages = {stage.name for stage in STAGES} - _done(folder)
+    require_disk(folder.path, estimate.disk_bytes(recipe, open_stages))
+
+
+def _done(folder: RunFolder) -> set[str]:
+    """Stages whose artefacts are there, of this recipe or of another."""
+    return {stage.name for stage in STAGES if folder.stage(stage.artefact) is not None}
 
 
 def write_summary(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:

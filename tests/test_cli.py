@@ -275,9 +275,22 @@ def test_dry_run_writes_nothing(
 ) -> None:
     assert main(["run", "my.yaml", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[2:11]] == [*ORDER, "all"]
+    assert [line.split()[0] for line in lines[2:11]] == [*ORDER, "to"]  # to do
     assert max(map(len, lines)) <= 80
     assert stages == [] and not (here / "runs").exists()
+
+
+def test_disk_is_asked_for_before_anything_is_done(
+    here: Path,
+    stages: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    usage = types.SimpleNamespace(total=2**40, used=2**40 - 2**20, free=2**20)
+    monkeypatch.setattr("minipuzzle.files.shutil.disk_usage", lambda path: usage)
+    assert main(["run", "my.yaml"]) == 2
+    assert "1.00 MiB are free" in capsys.readouterr().err
+    assert stages == []
 
 
 def test_dry_run_grows_with_the_work(here: Path) -> None:
