@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,19 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
+ELSEWHERE = """
+import importlib, pkgutil, sys
+from pathlib import Path
+import minipuzzle
+from minipuzzle.cli import main
+from minipuzzle.recipe import demo_recipe
+assert Path(minipuzzle.__file__).is_relative_to(sys.argv[1]), minipuzzle.__file__
+for module in pkgutil.walk_packages(minipuzzle.__path__, "minipuzzle."):
+    found = importlib.import_module(module.name)
+    assert Path(found.__file__).is_relative_to(sys.argv[1]), found.__file__
+assert demo_recipe().is_file()
+assert main(["plan", "demo"]) == 0
+"""
 NOT_SHIPPED = {"__pycache__", "build"}
 
 
@@ -99,6 +113,16 @@ def test_wheel_is_whole(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert len(names) == len(set(names))
     assert {name for name in names if name.startswith("minipuzzle/")} == expected_in_wheel()
+
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, str(tmp_path / "installed")],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def tracked(folder: str) -> list[Path]:
