@@ -171,7 +171,8 @@ class DeploymentConfig(Section):
 class ScoreConfig(Section):
     """Importance of layers, channels and heads."""
 
-    blocks: int = Field(default=8, ge=1, description="sequences of calibration text")
+    blocks: int = Field(default=8, ge=1, description="sequences that layers are scored on")
+    unit_blocks: int = Field(default=32, ge=1, description="sequences for channels and heads")
 
 
 class MaxRemoved(Section):

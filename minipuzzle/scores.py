@@ -15,7 +15,7 @@ from minipuzzle.architecture import SCHEMA_VERSION, Architecture, Kind
 from minipuzzle.errors import UserError
 from minipuzzle.jsonfile import read_json
 
-METRICS = ("activation", "energy")
+METRICS = ("activation", "energy", "surgeon")
 
 
 @dataclass(frozen=True)

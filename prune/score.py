@@ -8,7 +8,8 @@ of i, so that all layers cost half a forward pass each and every weight is read 
 Units, from the full model's activations on the way: `activation` is the published score (mean over
 the sequence of |a|, L2 over the sequences, L2 over the channels of a head: Minitron, arXiv
 2407.14679; Minitron-SSM, arXiv 2504.11409, equations 19 to 24), `energy` the root of the mean of
-a^2 times the squared norm of the weights that read it.
+a^2 times the squared norm of the weights that read it, `surgeon` the place in the order in which
+units can go when the others make up for them (surgeon.py); it needs many more tokens than units.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ from minipuzzle.scores import Scores
 from minipuzzle.source import resolve
 from minipuzzle.walk import Walk
 
+from .surgeon import surgeon_scores
+
 SEQUENCES_PER_SWEEP = 4
+MAX_SURGEON_UNITS = 4096  # second moments of all layers stay in memory: 128 MiB a layer at most
 
 
 def run(recipe: Recipe, folder: RunFolder) -> None:
@@ -47,15 +51,26 @@ def run(recipe: Recipe, folder: RunFolder) -> None:
 
     def body(work: Path) -> None:
         model = load(teacher)
-        ids = recipe_blocks(recipe, "calibration", model.tokenizer, recipe.score.blocks)
-        score(model, ids, inputs).save(work)
+        blocks = max(recipe.score.blocks, recipe.score.unit_blocks)
+        ids = recipe_blocks(recipe, "calibration", model.tokenizer, blocks)
+        score(model, ids, inputs, layer_sequences=recipe.score.blocks).save(work)
 
     folder.run_stage("score", "scores", inputs, body)
 
 
 @torch.no_grad()
-def score(model: Model, ids: torch.Tensor, provenance: dict[str, Any]) -> Scores:
-    """Score every layer and every probed axis on ids (B, T)."""
+def score(
+    model: Model,
+    ids: torch.Tensor,
+    provenance: dict[str, Any],
+    *,
+    layer_sequences: int | None = None,
+) -> Scores:
+    """Score every layer and every probed axis on ids (B, T).
+
+    Units see all sequences; layers, which cost as many passes as there are layers, only the first
+    `layer_sequences` (None: all).
+    """
     walk = Walk(model)
     squares = torch.zeros(walk.num_layers, dtype=torch.float64)
     meters = {
@@ -63,19 +78,24 @@ def score(model: Model, ids: torch.Tensor, provenance: dict[str, Any]) -> Scores
         for i, layer in enumerate(model.architecture.layers)
         for probe in model.family.probes[layer.kind]
     }
-    groups = range(0, len(ids), SEQUENCES_PER_SWEEP)
-    with progress.bar("score", len(groups) * walk.num_layers, "layers") as bar:
-        for start in groups:
-            batch = ids[start : start + SEQUENCES_PER_SWEEP]
-            squares += sweep(walk, batch, meters, bar.advance)
+    swept = ids[:layer_sequences]
+    parts = [*_groups(swept), *_groups(ids[len(swept) :])]
+    with progress.bar("score", len(parts) * walk.num_layers, "layers") as bar:
+        for part, batch in enumerate(parts):
+            variants = part < len(_groups(swept))
+            squares += sweep(walk, batch, meters, bar.advance, variants=variants)
     units = {
         (i, axis, metric): values
         for (i, axis), meter in meters.items()
         for metric, values in meter.result().items()
     }
-    elements = ids.numel() * model.architecture.hidden
+    elements = swept.numel() * model.architecture.hidden
     kinds = tuple(layer.kind for layer in model.architecture.layers)
     return Scores(kinds=kinds, layers=squares / elements, units=units, provenance=provenance)
+
+
+def _groups(ids: torch.Tensor) -> list[torch.Tensor]:
+    return [ids[i : i + SEQUENCES_PER_SWEEP] for i in range(0, len(ids), SEQUENCES_PER_SWEEP)]
 
 
 def sweep(
@@ -83,21 +103,29 @@ def sweep(
     ids: torch.Tensor,
     meters: dict[tuple[int, str], Meter],
     advance: Callable[[], None],
+    *,
+    variants: bool = True,
 ) -> torch.Tensor:
-    """Squared error of the final state without each layer, summed over ids (B, T): (L,), fp64."""
+    """Squared error of the final state without each layer, summed over ids (B, T): (L,), fp64.
+
+    Without `variants` only the meters listen to the full model, and the errors are zero.
+    """
     full = walk.embed(ids)
-    variants = full[:0]
+    cut = full[:0]
     for i in range(walk.num_layers):
         here = [meter for (layer, _), meter in meters.items() if layer == i]
         born = full
         with _listening(here):
             full = walk.layer(i, full)
-        variants = torch.cat([walk.layer(i, variants) if len(variants) else variants, born])
+        if variants:
+            cut = torch.cat([walk.layer(i, cut) if len(cut) else cut, born])
         advance()
+    if not variants:
+        return torch.zeros(walk.num_layers, dtype=torch.float64)
     reference = walk.final(full)
     differences = [
-        (walk.final(variant) - reference).double().square().sum()
-        for variant in variants.split(len(ids))  # type: ignore[no-untyped-call]
+        (walk.final(cut[start : start + len(ids)]) - reference).double().square().sum()
+        for start in range(0, len(cut), len(ids))
     ]
     return torch.stack(differences).cpu()
 
@@ -133,10 +161,14 @@ class Meter:
         sizes = axis_sizes(model.architecture, layer)
         self.start, self.segment = _segment(layout, probe, sizes)
         self.shape = tuple(sizes[axis] for axis in self.segment)
-        self.reader = self._reader_energy(model, i)
-        units = self.shape
-        self.published = torch.zeros(units, dtype=torch.float64)
-        self.energy = torch.zeros(units, dtype=torch.float64)
+        self.weight = self._reader(model, i)
+        self.reader = self.weight.double().square().sum(0).reshape(self.shape).cpu()
+        self.published = torch.zeros(self.shape, dtype=torch.float64)
+        self.energy = torch.zeros(self.shape, dtype=torch.float64)
+        self.moments: torch.Tensor | None = None
+        units = self.reader.numel()
+        if probe.side == "input" and len(self.segment) == 1 and units <= MAX_SURGEON_UNITS:
+            self.moments = torch.zeros(units, units, dtype=torch.float64)
         self.tokens = 0
 
     def add(self, activations: torch.Tensor) -> None:
@@ -147,6 +179,9 @@ class Meter:
         self.published += own.abs().mean(1).double().square().sum(0).cpu()
         self.energy += own.double().square().sum((0, 1)).cpu()
         self.tokens += own.shape[0] * own.shape[1]
+        if self.moments is not None:
+            flat = own.flatten(0, 1)
+            self.moments += (flat.T @ flat).double().cpu()
 
     def result(self) -> dict[str, torch.Tensor]:
         """Metric -> one score per unit of the axis."""
@@ -157,14 +192,16 @@ class Meter:
         def per_unit(squares: torch.Tensor) -> torch.Tensor:
             return (squares.sum(others) if others else squares).sqrt()
 
-        return {"activation": per_unit(self.published), "energy": per_unit(energy)}
+        result = {"activation": per_unit(self.published), "energy": per_unit(energy)}
+        if self.moments is not None:
+            result["surgeon"] = surgeon_scores(self.moments, self.weight)
+        return result
 
-    def _reader_energy(self, model: Model, i: int) -> torch.Tensor:
-        """Squared norms of the columns that read these channels into the stream."""
+    def _reader(self, model: Model, i: int) -> torch.Tensor:
+        """The projection that reads these channels into the stream, (hidden, channels)."""
         layer = model.architecture.layers[i]
         name = model.family.layer_prefix.format(i=i) + model.family.writer(layer.kind).name
-        weight = model.parameter(name).detach().double().cpu()
-        return weight.square().sum(0).reshape(self.shape)
+        return model.parameter(name).detach()
 
 
 def _segment(

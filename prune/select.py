@@ -11,9 +11,10 @@ from minipuzzle.errors import UserError
 from minipuzzle.scores import Scores
 from minipuzzle.selection import LayerSelection, Selection
 
-# Mamba heads by the published score, everything else by output energy: docs/log.md says why.
-UNIT_METRIC: dict[str, str] = {"heads": "activation"}
-DEFAULT_METRIC = "energy"
+# Best first; the first one that was measured counts. Mamba heads go by the published score, because
+# output energy is far worse for them (arXiv 2504.11409, table 3).
+UNIT_METRICS: dict[str, tuple[str, ...]] = {"heads": ("activation",)}
+DEFAULT_METRICS = ("surgeon", "energy")
 
 
 def least_important(scores: Scores, kind: Kind, number: int) -> set[int]:
@@ -80,6 +81,7 @@ def _select_units(scores: Scores, i: int, layer: Layer, sizes: Mapping[str, int]
                 f"layer {i} ({layer.kind}) cannot keep {keep} of {size} `{axis}`: it must be a "
                 f"multiple of {groups} and at most {size}; the nearest is {nearest}"
             )
-        metric = UNIT_METRIC.get(axis, DEFAULT_METRIC)
-        axes[axis] = top_units(scores.units[i, axis, metric], keep, groups)
+        metrics = UNIT_METRICS.get(axis, DEFAULT_METRICS)
+        values = next(scores.units[i, axis, m] for m in metrics if (i, axis, m) in scores.units)
+        axes[axis] = top_units(values, keep, groups)
     return axes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from minipuzzle.selection import LayerSelection, Selection
 from minipuzzle.walk import Walk
 from tests.tiny import CONFIG, write_tiny
 
-FULL = {
+FULL: dict[str, Any] = {
     "model_type": "nemotron_h",
     "vocab_size": 131072,
     "mamba_head_dim": 64,
@@ -40,7 +41,7 @@ P9 = "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"
 
 def config(
     pattern: str, hidden: int, heads: int, state: int, ffn: int, queries: int, **more: int
-) -> dict[str, object]:
+) -> dict[str, Any]:
     return FULL | {
         "hybrid_override_pattern": pattern,
         "hidden_size": hidden,
@@ -52,7 +53,7 @@ def config(
     }
 
 
-PUBLISHED = {
+PUBLISHED: dict[str, tuple[dict[str, Any], int | None]] = {
     "8B": (config(P8, 4096, 128, 128, 21504, 32), 8_100_852_736),
     "56B": (config(P56, 8192, 256, 256, 32768, 64), 56_324_350_464),
     "47B": (config(P47, 8192, 256, 256, 30720, 64), None),
@@ -81,7 +82,7 @@ def test_counts_equal_the_built_model(name: str) -> None:
         assert families.parameter_count(architecture, family) == known
 
 
-SPELLINGS = {
+SPELLINGS: dict[str, dict[str, Any]] = {
     "pattern": {"hybrid_override_pattern": "M-M*-M-"},
     "old": {"layers_block_type": ["mamba", "mlp", "mamba", "attention", "mlp", "mamba", "mlp"]},
     "new": {

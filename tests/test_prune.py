@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from minipuzzle import model
 from minipuzzle.errors import UserError
 from minipuzzle.masks import masked
-from minipuzzle.prune import repair, score, verify
+from minipuzzle.prune import repair, score, surgeon, verify
 from minipuzzle.prune.select import select, top_units
 from minipuzzle.prune.slice import slice_checkpoint
 from minipuzzle.scores import Scores
@@ -183,3 +183,29 @@ def test_the_refit_is_the_least_squares_solution() -> None:
     aims = torch.cat([lacks.double(), torch.zeros(6, 3, dtype=torch.float64)])
     expected = torch.linalg.lstsq(stacked, aims).solution.T
     torch.testing.assert_close(moments.solve(0.1), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_surgeon_is_the_plain_greedy_choice() -> None:
+    """Against trying every remaining unit and re-fitting the others by least squares, fp64."""
+    generator = torch.Generator().manual_seed(7)
+    read = torch.randn(60, 8, generator=generator, dtype=torch.float64)
+    read[:, 5] = read[:, 1] + 0.3 * read[:, 2]
+    weight = torch.randn(3, 8, generator=generator, dtype=torch.float64)
+    moments = read.T @ read
+    damped = moments + surgeon.DAMPING * moments.diagonal().mean() * torch.eye(8).double()
+
+    def cost(kept: list[int]) -> float:
+        """Least value of (W - W')H(W - W')^T over W' that uses only the kept columns."""
+        if not kept:
+            return float(torch.trace(weight @ damped @ weight.T))
+        fitted = torch.linalg.solve(damped[kept][:, kept], damped[kept] @ weight.T)
+        rest = weight.clone()
+        rest[:, kept] -= fitted.T
+        return float(torch.trace(rest @ damped @ rest.T))
+
+    left, expected = list(range(8)), torch.zeros(8, dtype=torch.float64)
+    for place in range(8):
+        worst = min(left, key=lambda j: cost([k for k in left if k != j]))
+        expected[worst] = place
+        left.remove(worst)
+    assert torch.equal(surgeon.surgeon_scores(moments, weight), expected)
