@@ -105,14 +105,26 @@ def render(needs: list[Need], done: Collection[str]) -> str:
 
 
 def matmul_rate(seconds: float = PROBE_SECONDS) -> float:
-    """Operations per second of fp32 matrix products on the device the stages use: the fastest one.
+    """Operations per second of fp32 matrix products on the device the stages use.
 
-    The fastest, because other programs at work now say little about the hours to come.
+    On a CPU the fastest product of one core, times the cores: threads that wait for each other
+    because something else runs right now would say little about the hours to come.
     """
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = 4096 if device == "cuda" else 512
+    if torch.cuda.is_available():
+        return _fastest_product("cuda", 4096, seconds)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return threads * _fastest_product("cpu", 384, seconds)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _fastest_product(device: str, size: int, seconds: float) -> float:
+    import torch
+
     matrix = torch.ones(size, size, device=device)
     _ = (matrix @ matrix)[0, 0].item()  # the first call sets up
     fastest, start = float("inf"), time.perf_counter()
