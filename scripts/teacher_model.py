@@ -174,8 +174,10 @@ def scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     left = (torch.exp(decay[..., -1:] - decay) * dt)[..., None] * heads_first
     added = left.to(kind).transpose(-1, -2).flatten(3, 4) @ b  # B C G (H/G P) N
     total = decay[..., -1].permute(0, 2, 3, 1)  # B G H/G C
-    start = _starting_states(added.unflatten(3, (per_group, width)), total).flatten(3, 4)
-    before = (c @ start.to(kind).transpose(-1, -2)).unflatten(-1, (per_group, width))
+    states = added.view(batch, chunks, groups, per_group, width, state)
+    start = _starting_states(states, total).flatten(3, 4)
+    before = c @ start.to(kind).transpose(-1, -2)  # B C G Q (H/G P)
+    before = before.view(batch, chunks, groups, CHUNK, per_group, width)
     before = before.permute(0, 1, 2, 4, 3, 5) * torch.exp(decay)[..., None]
     return (inside + before).permute(0, 1, 4, 2, 3, 5).reshape(batch, length, heads, width).to(kind)
 
@@ -189,7 +191,7 @@ def _starting_states(added: Tensor, total: Tensor) -> Tensor:
     earlier = torch.ones(chunks, chunks, dtype=torch.bool, device=total.device).tril(-1)
     carried = torch.exp(difference.masked_fill(~earlier, -torch.inf)).to(added.dtype)
     flat = added.permute(0, 2, 3, 1, 4, 5).flatten(4, 5)  # B G H/G C (P N)
-    states = (carried @ flat).unflatten(-1, added.shape[-2:])
+    states = (carried @ flat).view(*flat.shape[:-1], *added.shape[-2:])
     return states.permute(0, 3, 1, 2, 4, 5)
 
 
@@ -198,9 +200,9 @@ def mamba(h: Tensor, norm: Tensor, p: dict[str, Tensor], shape: Shape, kind: tor
     batch, length, _ = h.shape
     inner, states = shape.inner, shape.groups * shape.state
     projected = F.linear(rms_norm(h, norm).to(kind), p["in_proj.weight"].to(kind))
-    gate, mixed, dt = projected.split([inner, inner + 2 * states, shape.heads], dim=-1)
+    gate, mixed, dt = torch.split(projected, [inner, inner + 2 * states, shape.heads], dim=-1)
     mixed = F.silu(causal_convolution(mixed, p["conv1d.weight"], p["conv1d.bias"]))
-    x, b, c = mixed.split([inner, states, states], dim=-1)
+    x, b, c = torch.split(mixed, [inner, states, states], dim=-1)
     x = x.reshape(batch, length, shape.heads, shape.head_dim)
     b = b.reshape(batch, length, shape.groups, shape.state)
     c = c.reshape(batch, length, shape.groups, shape.state)
@@ -218,11 +220,9 @@ def attention(
 ) -> Tensor:
     """One causal attention layer without positions, with its norm and residual."""
     x = rms_norm(h, norm).to(kind)
+    heads = (*h.shape[:2], -1, shape.attention_dim)
     q, k, v = (
-        F.linear(x, p[f"{name}_proj.weight"].to(kind))
-        .unflatten(-1, (-1, shape.attention_dim))
-        .transpose(1, 2)
-        for name in "qkv"
+        F.linear(x, p[f"{name}_proj.weight"].to(kind)).view(heads).transpose(1, 2) for name in "qkv"
     )
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return h + F.linear(y.transpose(1, 2).flatten(2), p["o_proj.weight"].to(kind))
@@ -268,11 +268,12 @@ class FastForward:
         """Return the same for shapes met too seldom to be worth compiling."""
         return self._run(ids, self._LAYERS, token_losses)
 
-    def _run(self, ids: Tensor, functions: Any, losses: Any) -> Any:
-        h = self.embeddings(ids)
+    def _run(self, ids: Tensor, functions: Any, losses: Any) -> Tensor:
+        h: Tensor = self.embeddings(ids)
         for letter, norm, parameters in self.layers:
             h = functions[letter](h, norm, parameters, self.shape, self.kind)
-        return losses(h, self.final, self.head, ids, self.kind)
+        nats: Tensor = losses(h, self.final, self.head, ids, self.kind)
+        return nats
 
 
 def _as_it_is(function: Any) -> Any:

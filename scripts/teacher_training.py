@@ -23,13 +23,13 @@ class Settings:
     minutes: float | None = None
     batch: int = 64
     block: int = 1024
-    rate: float = 4e-3
+    rate: float = 1.6e-2
     optimizer: str = "muon"
-    decay: float = 0.1
+    decay: float = 0.03
     warmup: int = 200
     clip: float = 1.0
     seed: int = 0
-    evaluate_every: int = 1000
+    evaluate_every: int = 2000
 
 
 class Muon:
@@ -48,7 +48,7 @@ class Muon:
         groups = defaultdict(list)
         for parameter, parts in matrices:
             groups[(*parameter.shape, *parts)].append((parameter, parts))
-        self.groups = [
+        self.groups: list[tuple[list[Tensor], tuple[int, ...]]] = [
             ([parameter for parameter, _ in members], members[0][1]) for members in groups.values()
         ]
         self.averages = [torch.zeros_like(torch.stack(group)) for group, _ in self.groups]
@@ -60,14 +60,16 @@ class Muon:
             gradient = torch.stack([_gradient(parameter) for parameter in group])
             average.lerp_(gradient, 1 - self.momentum)
             ahead = gradient.lerp(average, self.momentum)
-            update = torch.cat([_orthogonal(part) for part in ahead.split(parts, dim=1)], dim=1)
+            update = torch.cat(
+                [_orthogonal(part) for part in torch.split(ahead, parts, dim=1)], dim=1
+            )
             torch._foreach_mul_(group, 1 - rate * decay)
             torch._foreach_add_(group, list(update.to(average.dtype).unbind()), alpha=-rate)
             for parameter in group:
                 parameter.grad = None
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
+def _gradient(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad
 
@@ -82,7 +84,8 @@ def _orthogonal(matrices: Tensor) -> Tensor:
         square = x @ x.transpose(1, 2)
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
     x = x.transpose(1, 2) if rows > columns else x
-    return 0.2 * math.sqrt(max(rows, columns)) * x
+    update: Tensor = 0.2 * math.sqrt(max(rows, columns)) * x
+    return update
 
 
 class Optimizer:
@@ -133,7 +136,7 @@ def batches(tokens: Tensor, settings: Settings) -> Iterator[Tensor]:
         assert count >= settings.batch, "the text is shorter than one batch"
         order = torch.randperm(count, generator=generator, device=where)
         starts = offset + settings.block * order
-        for chosen in starts.split(settings.batch):
+        for chosen in torch.split(starts, settings.batch):
             if len(chosen) == settings.batch:
                 yield tokens[chosen[:, None] + span].long()
 
@@ -149,7 +152,7 @@ def bits_per_byte(
     """
     windows = tokens[: len(tokens) // block * block].view(-1, block).long()
     nats = torch.zeros((), dtype=torch.float64, device=tokens.device)
-    for chosen in windows.split(batch):
+    for chosen in torch.split(windows, batch):
         nats += losses(chosen).double().sum()
     return float(nats / math.log(2) / sizes[windows[:, 1:]].sum())
 

@@ -1,7 +1,7 @@
 """Train the demo's teacher: a small Nemotron-H that has read the sources of Python packages.
 
     pip install --no-deps --target packages -r scripts/teacher_packages.txt
-    PYTHONPATH=packages python scripts/train_demo_teacher.py --out teacher --minutes 14
+    PYTHONPATH=packages python scripts/train_demo_teacher.py --out teacher --minutes 15.5 --report
 
 One GPU is used where there is one; on a CPU the same run takes days (try `--steps 20 --batch 2`).
 """
@@ -90,7 +90,7 @@ def _arguments() -> argparse.Namespace:
     packages = HERE / "teacher_packages.txt"
     add("--packages", type=Path, default=packages, help="requirements file of what to read")
     add("--report", action="store_true", help="measure the report packages at the end")
-    add("--shape", choices=sorted(SHAPES), default="base")
+    add("--shape", choices=sorted(SHAPES), default="wide-heads")
     for kind in (Settings, Shape):
         for field in dataclasses.fields(kind):
             words = str(field.type)
