@@ -60,9 +60,8 @@ class Muon:
             gradient = torch.stack([_gradient(parameter) for parameter in group])
             average.lerp_(gradient, 1 - self.momentum)
             ahead = gradient.lerp(average, self.momentum)
-            update = torch.cat(
-                [_orthogonal(part) for part in torch.split(ahead, parts, dim=1)], dim=1
-            )
+            pieces = torch.split(ahead, list(parts), dim=1)
+            update = torch.cat([_orthogonal(piece) for piece in pieces], dim=1)
             torch._foreach_mul_(group, 1 - rate * decay)
             torch._foreach_add_(group, list(update.to(average.dtype).unbind()), alpha=-rate)
             for parameter in group:
