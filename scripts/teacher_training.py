@@ -17,19 +17,23 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Settings:
-    """How a teacher is trained; it ends at `steps` or `minutes`, whichever comes first."""
+    """How a teacher is trained; it ends at `steps` or `minutes`, whichever comes first.
+
+    Only the first `text_share` of the tokens in `train.bin` is read.
+    """
 
     steps: int | None = None
     minutes: float | None = None
     batch: int = 64
     block: int = 1024
-    rate: float = 1.6e-2
+    rate: float = 3.2e-2
     optimizer: str = "muon"
-    decay: float = 0.03
+    decay: float = 0.1
     warmup: int = 200
     clip: float = 1.0
     seed: int = 0
     evaluate_every: int = 2000
+    text_share: float = 0.5
 
 
 class Muon:
@@ -178,6 +182,13 @@ def read_tokens(path: Path, device: torch.device) -> Tensor:
     return torch.from_numpy(np.fromfile(path, dtype="<u2").astype(np.int32)).to(device)
 
 
+def read_count(tokens: int, settings: Settings) -> int:
+    """How many of the tokens in `train.bin` are read, counted from its beginning."""
+    if not 0 < settings.text_share <= 1:
+        raise ValueError(f"`0 < text_share <= 1` must hold, but got {settings.text_share}")
+    return int(tokens * settings.text_share)
+
+
 def train(
     data: Path,
     shape: Shape,
@@ -197,6 +208,7 @@ def train(
     forward = FastForward(model, shape, kind, compiled=device.type == "cuda")
     optimizer = Optimizer(model, shape, settings)
     text = read_tokens(data / "train.bin", device)
+    text = text[: read_count(len(text), settings)]
     sizes = torch.from_numpy(np.load(data / "token_bytes.npy")).to(device)
     unseen = {name: read_tokens(data / f"{name}.bin", device) for name in held_out}
 

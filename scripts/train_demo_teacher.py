@@ -1,13 +1,15 @@
 """Train the demo's teacher: a small Nemotron-H that has read the sources of Python packages.
 
     pip install --no-deps --target packages -r scripts/teacher_packages.txt
-    PYTHONPATH=packages python scripts/train_demo_teacher.py --out teacher --minutes 15.5 --report
+    PYTHONPATH=packages python scripts/train_demo_teacher.py --out teacher
 
-One GPU is used where there is one; on a CPU the same run takes days (try `--steps 20 --batch 2`).
+The defaults are those of the bundled teacher: 700 steps on the first half of the text. One GPU is
+used where there is one; a CPU is far slower (try `--shape tiny --steps 20 --batch 2`).
 """
 
 import argparse
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import numpy as np
 import teacher_corpus as corpus
 import torch
 from teacher_model import FastForward, Shape, save_checkpoint
-from teacher_training import Log, Settings, bits_per_byte, read_tokens, train
+from teacher_training import Log, Settings, bits_per_byte, read_count, read_tokens, train
 
 from minipuzzle.data.packages import STANDARD_LIBRARY
 
@@ -29,6 +31,8 @@ SHAPES = {
     "deep": Shape("M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-", hidden=160, ffn=688),
     "tiny": Shape("M-M*-M-", hidden=64, ffn=96, heads=8, state=16, query_heads=2, kv_heads=1),
 }
+STEPS = 700
+"""Length of the bundled teacher's run."""
 
 
 def main() -> None:
@@ -59,7 +63,15 @@ def main() -> None:
     if arguments.report:
         log(report=_report(forward, data, settings))
     shutil.copy(log.path, out / "training_log.jsonl")
-    shutil.copy(data / "manifest.json", out / "manifest.json")
+    manifest = json.loads((data / "manifest.json").read_text())
+    corpus.write_json(out / "manifest.json", with_read(manifest, settings))
+
+
+def with_read(manifest: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """The text's manifest, and which of its tokens the run could read."""
+    count = read_count(manifest["tokens"], settings)
+    read = {"first_token": 0, "last_token": count - 1, "tokens": count}
+    return {"read": {**read, "of_tokens": manifest["tokens"]}, **manifest}
 
 
 def _report(forward: FastForward, data: Path, settings: Settings) -> dict[str, Any]:
@@ -98,7 +110,7 @@ def _arguments() -> argparse.Namespace:
             add(f"--{field.name.replace('_', '-')}", type=cast, help=_describe(field))
     arguments = parser.parse_args()
     if arguments.steps is None and arguments.minutes is None:
-        parser.error("say how long: --steps or --minutes")
+        arguments.steps = STEPS
     return arguments
 
 
