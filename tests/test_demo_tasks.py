@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from minipuzzle.data.packages import python_package_documents
+from minipuzzle.demo.keywords import INFIX, _places
 from minipuzzle.demo.kinds import KINDS
-from minipuzzle.demo.layout import line_ends
 from minipuzzle.demo.questions import (
     CONTEXT_TOKENS,
     QUESTIONS_PER_FILE,
@@ -150,18 +150,8 @@ def test_limited_questions_are_among_all_and_from_many_files(tokenizer: Any) -> 
         per_file = Counter(q.source.rpartition(":")[0] for q in questions)
         assert max(per_file.values(), default=0) <= QUESTIONS_PER_FILE
         assert len(questions) <= min(12, len(unlimited[kind.name]))
-        assert kind.balanced or set(questions) <= set(unlimited[kind.name])
+        assert set(questions) <= set(unlimited[kind.name])
     assert len(limited["scope"]) == 12 < len(unlimited["scope"])
-
-
-def test_balanced_kinds_have_each_answer_about_equally_often(
-    made: dict[str, list[Question]],
-) -> None:
-    for kind in KINDS:
-        if kind.balanced:
-            right = Counter(truth(q).count(" ") for q in made[kind.name])
-            common = [count for _, count in right.most_common(kind.choices)]
-            assert common[0] - common[-1] <= 1
 
 
 # --- what each kind promises
@@ -197,13 +187,9 @@ def test_wrong_names_are_out_of_scope(
 
 
 def test_rival_names_are_mentioned(made: dict[str, list[Question]]) -> None:
-    for question in every(made, "next", "returned"):
+    for question in every(made, "next"):
         mentioned = {first_word(name) for name in re.findall(r"\w+", question.context)}
         assert {choice.strip() for choice in question.choices} <= mentioned
-
-
-def test_returned_names_follow_return(made: dict[str, list[Question]]) -> None:
-    assert all(re.search(r"\breturn[ (]*_*$", q.context) for q in every(made, "returned"))
 
 
 def test_wrong_arguments_are_mentioned_but_of_other_functions(
@@ -238,15 +224,15 @@ def test_attribute_is_in_the_assignments_shown(made: dict[str, list[Question]]) 
         set_there = {first_word(name) for name in re.findall(r"self\.(\w+)", shown)}
         assert truth(question) in set_there
         assert re.search(r"self\._*$", method)
-        assert not set_there & set(wrong(question))
+        assert len(set_there & set(wrong(question))) <= 1
 
 
-def test_indentation_is_one_of_the_levels_that_parse(made: dict[str, list[Question]]) -> None:
-    for question in every(made, "indent"):
-        assert sorted({c.strip(" ") for c in question.choices}) == ["\n"]
-        last = len(question.context) - question.context.rfind("\n")
-        levels = sorted(len(choice) for choice in question.choices)
-        assert levels[1] - levels[0] == levels[2] - levels[1] == 4 and last > 0
+def test_keywords_are_not_the_in_of_a_loop(made: dict[str, list[Question]]) -> None:
+    for question in every(made, "keyword"):
+        assert all(choice.strip() in INFIX for choice in question.choices)
+        line = question.context.rpartition("\n")[2]
+        opened = line.count(" for ") + line.lstrip().startswith("for ")
+        assert truth(question) != " in" or opened <= line.count(" in ")
 
 
 # --- the parts
@@ -315,6 +301,7 @@ def test_parse() -> None:
     assert {name: TEXT[a:b] for name, (a, b) in box.initial.items()} == {
         "size": "self.size = size",
         "_color": "self._color: int = _color",
+        "late": "self.late = 1",
     }
     assert area.owner is box and outer.owner is None
     assert [(f.name, use.name) for f, use in file.attributes] == [
@@ -328,10 +315,14 @@ def test_files_that_are_left_out(text: str) -> None:
     assert parse("t", text) is None
 
 
-def test_line_ends_know_strings_and_continuations() -> None:
-    text = 'f(a, ["\\n"])  # (\nif x:\n    y = (1,\n  2)\n    z = 1\n'
-    ends = [(text[:place].rpartition("\n")[2], width) for place, width in line_ends(text)]
-    assert ends == [(text.partition("\n")[0], 0), ("  2)", 4), ("    z = 1", 4)]
+def test_places_of_keywords() -> None:
+    text = (
+        "for x in xs:\n    y = [a for a in b if a in c or not a]\n    z = 'a if b' # a if b\n"
+        "    if x is not None and (x\n      or y) :\n        z = f'{a if b else c}' if a else b\n"
+    )
+    found = list(_places(text))
+    assert [string for string, _ in found] == ["for", "if", "in", "or", "is", "and", "if", "else"]
+    assert all(text[place:].startswith(string) for string, place in found)
 
 
 def test_window_is_the_longest_run_of_lines_that_fits(

@@ -6,9 +6,9 @@ elsewhere in the same file, drawn by occurrence, so that how often a name is use
 
 from collections.abc import Iterable, Iterator
 
-from minipuzzle.demo.layout import indentation
+from minipuzzle.demo.keywords import next_keyword
 from minipuzzle.demo.questions import Draft, Kind, Tokens, shuffled
-from minipuzzle.demo.scopes import BUILTINS, Function, SourceFile, Use, words
+from minipuzzle.demo.scopes import BUILTINS, Class, Function, SourceFile, Use, words
 from minipuzzle.demo.spots import RECEIVERS, composed_spot, first_word, rivals, spot, unmentioned
 
 FAR = 16
@@ -58,41 +58,27 @@ def next_name(file: SourceFile, tokens: Tokens, seed: int) -> Sites:
     return (drafts(function) for function in file.functions)
 
 
-def returned(file: SourceFile, tokens: Tokens, seed: int) -> Sites:
-    """Which of the function's names is returned; all are mentioned in the context."""
-
-    def drafts(function: Function, use: Use) -> Iterator[Draft]:
-        at = spot(file, tokens, use)
-        if at and at.mentions(use.name, function.start):
-            yield at.draft(rivals(at, function, seed))
-
-    for function in file.functions:
-        for use in function.returns:
-            if use.name in function.bound - RECEIVERS:
-                yield drafts(function, use)
-
-
 def argument(file: SourceFile, tokens: Tokens, seed: int) -> Sites:
-    """Which argument is this function's: first use of one, against those of functions above it.
+    """Which name is this function's: one of its arguments, against names of functions above it.
 
     The wrong ones are mentioned in the context, above the `def`, and unknown to this function.
     """
-    arguments = {name for function in file.functions for name in function.parameters} - RECEIVERS
+    owned = {name for function in file.functions for name in function.bound} - RECEIVERS
 
-    def drafts(function: Function, use: Use) -> Iterator[Draft]:
-        at = spot(file, tokens, use)
-        if at and at.begin < function.start and at.recalls(tokens, NEAR, function.start):
-            above = words(file.text[at.begin : function.start]) & arguments
-            below = words(file.text[function.start : use.place])
-            known = {first_word(name) for name in function.visible | below}
-            wrong = [name for name in sorted(above) if first_word(name) not in known]
-            yield at.draft(shuffled(wrong, seed, file.name, use.place))
+    def drafts(function: Function, uses: list[Use]) -> Iterator[Draft]:
+        for use in uses[:TRIES]:
+            at = spot(file, tokens, use)
+            if at and at.begin < function.start and at.recalls(tokens, NEAR, function.start):
+                above = words(file.text[at.begin : function.start]) & owned
+                below = words(file.text[function.start : use.place])
+                known = {first_word(name) for name in function.visible | below}
+                wrong = [name for name in sorted(above) if first_word(name) not in known]
+                yield at.draft(shuffled(wrong, seed, file.name, use.place))
 
     for function in file.functions:
-        first = {use.name: use for use in reversed(own_uses(function))}
-        for name in function.parameters:
-            if name in first:
-                yield drafts(function, first[name])
+        for uses in by_name(own_uses(function)):
+            if uses[0].name in function.parameters:
+                yield drafts(function, uses)
 
 
 def imported(file: SourceFile, tokens: Tokens, seed: int) -> Sites:
@@ -120,21 +106,28 @@ def imported(file: SourceFile, tokens: Tokens, seed: int) -> Sites:
 def attribute(file: SourceFile, tokens: Tokens, seed: int) -> Sites:
     """Which attribute was set: lines of `__init__`, then a method up to a `self.`.
 
-    The wrong ones are attributes that the file reads elsewhere and the context does not mention:
-    those of other classes, and of lines of `__init__` that are not shown.
+    One wrong choice is the other attribute that those lines set, one a name that the method
+    mentions and no class of the file has as an attribute (where there are such names); the rest
+    are attributes that the file reads elsewhere and the context does not mention.
     """
     pool = [use.name for _, use in file.attributes]
+    taken = {first_word(name) for c in file.classes for name in c.initial}
+    taken |= {first_word(name) for name in pool}
     reads: dict[int, tuple[Function, list[Use]]] = {}
     for function, use in file.attributes:
         if function.owner is not None and use.name in function.owner.initial:
             reads.setdefault(function.start, (function, []))[1].append(use)
 
     def drafts(function: Function, uses: list[Use]) -> Iterator[Draft]:
-        head = assignments_shown(file, function, uses[0].name, seed)
+        owner = function.owner
+        assert owner is not None
+        head = assignments_shown(file, owner, uses[0].name, seed)
         for use in tried(uses, seed, "attribute", file) if short(head, tokens) else ():
             at = composed_spot(file, tokens, head, function, use)
             if at and at.recalls(tokens, FAR):
-                yield at.draft(unmentioned(at, pool, seed))
+                both = [name for name in words(head) & set(owner.initial) if name != use.name]
+                plain = [n for n in rivals(at, function, seed) if first_word(n) not in taken]
+                yield at.draft([*sorted(both)[:1], *plain[:1], *unmentioned(at, pool, seed)])
 
     for function, own in reads.values():
         for uses in by_name(own) if function.name != "__init__" else ():
@@ -144,11 +137,10 @@ def attribute(file: SourceFile, tokens: Tokens, seed: int) -> Sites:
 KINDS = (
     Kind("scope", 4, names_in_scope),
     Kind("next", 4, next_name),
-    Kind("returned", 3, returned),
     Kind("argument", 3, argument),
     Kind("imported", 4, imported),
     Kind("attribute", 4, attribute),
-    Kind("indent", 3, indentation, balanced=True),
+    Kind("keyword", 4, next_keyword),
 )
 """All kinds, in the order of the tasks."""
 
@@ -185,10 +177,8 @@ def imports_shown(file: SourceFile, name: str, seed: int) -> str:
     return "\n".join(file.text[start:end] for start, end in shown) + "\n\n\n"
 
 
-def assignments_shown(file: SourceFile, method: Function, name: str, seed: int) -> str:
+def assignments_shown(file: SourceFile, owner: Class, name: str, seed: int) -> str:
     """Class and `__init__` with the statement that sets the attribute and one other."""
-    owner = method.owner
-    assert owner is not None
     needed = owner.initial[name]
     spare = sorted(place for place in set(owner.initial.values()) if place != needed)
     shown = sorted([needed, *shuffled(spare, seed, file.name, name)[:1]])

@@ -22,8 +22,8 @@ CHARACTERS_PER_TOKEN = 5
 """More than code has on average: how much text is looked at for a context."""
 SHORTEST_CONTEXT = 48
 """Tokens below which a context says too little."""
-QUESTIONS_PER_FILE = 4
-"""Of each kind while a limit is set: 100 questions come from at least 25 files."""
+QUESTIONS_PER_FILE = 5
+"""Of each kind while a limit is set: 100 questions come from at least 20 files."""
 
 
 @dataclass(frozen=True)
@@ -120,13 +120,11 @@ class Kind:
         choices: how many choices each question has.
         sites: for a file, the places to ask at; of the drafts of one site the first good one is
             taken.
-        balanced: whether each of a fixed set of choices must be right equally often.
     """
 
     name: str
     choices: int
     sites: Callable[[SourceFile, Tokens, int], Iterable[Iterable[Draft]]]
-    balanced: bool = False
 
 
 @dataclass
@@ -134,7 +132,6 @@ class _Collected:
     kind: Kind
     limit: int | None
     questions: list[Question] = field(default_factory=list)
-    right: dict[str, int] = field(default_factory=dict)
     seen: set[tuple[str, str]] = field(default_factory=set)
 
     @property
@@ -145,16 +142,9 @@ class _Collected:
         truth = question.choices[question.answer]
         if (question.context, truth) in self.seen:  # the same lines in two files
             return False
-        if self.kind.balanced and not self._wanted(truth, question.choices):
-            return False
         self.seen.add((question.context, truth))
-        self.right[truth] = self.right.get(truth, 0) + 1
         self.questions.append(question)
         return True
-
-    def _wanted(self, truth: str, choices: Sequence[str]) -> bool:
-        """Whether this answer is not ahead of the rarest one, so that guessing it gains nothing."""
-        return self.right.get(truth, 0) <= min(self.right.get(c, 0) for c in choices)
 
 
 def make_questions(
@@ -173,7 +163,7 @@ def make_questions(
         tokenizer: a fast transformers tokenizer; each choice is one of its tokens.
         limit: questions per kind, at most `QUESTIONS_PER_FILE` of them from one file; None makes
             every question there is (of a kind one per function, or one per function and name).
-            Limited questions are among the unlimited ones, but for the balanced kinds.
+            Limited questions are among the unlimited ones.
         seed: decides the order of files and choices, and where in a function is asked.
 
     Returns:

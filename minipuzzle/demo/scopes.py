@@ -167,11 +167,13 @@ class _Reader:
     def _initial(self, node: ast.ClassDef, found: Class) -> None:
         for method in node.body:
             if isinstance(method, ast.FunctionDef) and method.name == "__init__":
-                for statement in method.body:
+                for statement in _own_nodes(method.body):
+                    if not isinstance(statement, ast.Assign | ast.AnnAssign):
+                        continue
                     for target in _targets(statement):
-                        if _is_own_attribute(target):
-                            place = (self.start(statement), self.end(statement))
-                            found.initial.setdefault(target.attr, place)
+                        place = (self.start(statement), self.end(statement))
+                        first = min(found.initial.get(target.attr, place), place)
+                        found.initial[target.attr] = first
 
     def _function(
         self,
@@ -257,10 +259,11 @@ def _parameters(arguments: ast.arguments) -> tuple[str, ...]:
     return tuple(a.arg for a in [*plain, *(s for s in several if s is not None)])
 
 
-def _targets(statement: ast.stmt) -> list[ast.expr]:
-    if isinstance(statement, ast.Assign):
-        return statement.targets
-    return [statement.target] if isinstance(statement, ast.AnnAssign) else []
+def _targets(statement: ast.Assign | ast.AnnAssign) -> list[ast.Attribute]:
+    """Attributes of `self` that an assignment sets, those in tuples included."""
+    targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+    parts = [e for t in targets for e in (t.elts if isinstance(t, ast.Tuple) else [t])]
+    return [part for part in parts if _is_own_attribute(part)]
 
 
 def _is_own_attribute(node: ast.AST) -> TypeGuard[ast.Attribute]:
