@@ -1,7 +1,7 @@
-"""Put the figures of a finished demo run where the documents show them.
+"""Put measured figures where the documents show them: nobody types these numbers.
 
-Copies summary.json to docs/results/demo.json and renders it as the table in README.md and
-docs/results/README.md, between the markers. Nobody types these numbers.
+Copies a run's summary.json to docs/results/demo.json, renders it as the table in README.md between
+the markers, and renders every JSON file of docs/results as docs/results/README.md.
 
     python scripts/write_results.py runs/demo
 """
@@ -61,6 +61,70 @@ def mean_accuracy(model: Mapping[str, Any]) -> float:
     return fmean(task["acc"] for task in model["tasks"].values())
 
 
+def ablation(record: Mapping[str, Any]) -> str:
+    """A file of scripts/ablate_repair.py as a Markdown table."""
+    base = record["teacher_loss"]
+    lines = [
+        f"Teacher's loss: {base:.4f} nats on {record['search_tokens']:,} tokens of search text.",
+        "",
+        "| channels by | tokens | ridge | KL cut | loss cut | KL repaired | loss repaired | s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for t in record["trials"]:
+        cut, mended = (
+            f"{100 * (t[key] / base - 1):+.2f} %" for key in ("loss_cut", "loss_repaired")
+        )
+        lines.append(
+            f"| {t['channels']} | {t['tokens']:,} | {t['ridge']:g} | {t['kl_cut']:.4f} | {cut} "
+            f"| {t['kl_repaired']:.4f} | {mended} | {t['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def full_comparison(record: Mapping[str, Any]) -> str:
+    """A file of scripts/compare_full.py, as it is."""
+    return "```json\n" + json.dumps(record, indent=1) + "\n```"
+
+
+SECTIONS: tuple[tuple[str, str, str, Callable[[Mapping[str, Any]], str]], ...] = (
+    (
+        "demo.json",
+        "The demo",
+        "`make demo`, then `python scripts/write_results.py runs/demo`",
+        table,
+    ),
+    (
+        "full.json",
+        "Student and teacher on every question of the report packages",
+        "`python scripts/compare_full.py runs/demo --json docs/results/full.json`",
+        full_comparison,
+    ),
+    (
+        "repair_ablation.json",
+        "Cut and repair of the bundled teacher",
+        "`python scripts/ablate_repair.py --recipe minipuzzle/demo/demo.yaml --json "
+        "docs/results/repair_ablation.json` (2 FFN layers out, width 704 to 416)",
+        ablation,
+    ),
+    (
+        "repair_ablation_long.json",
+        "The same cut of a teacher of the same shape trained on 24 times the tokens",
+        "the same with `--model` and that teacher's folder",
+        ablation,
+    ),
+)
+
+
+def results_page(folder: Path) -> str:
+    """docs/results/README.md: a section for every file that is there."""
+    parts = ["# Results", "", "Written by `scripts/write_results.py` from the files beside it."]
+    for name, title, command, render in SECTIONS:
+        if (folder / name).exists():
+            record = json.loads((folder / name).read_text())
+            parts += ["", f"## {title}", "", f"`{name}`: {command}", "", render(record)]
+    return "\n".join(parts) + "\n"
+
+
 def insert(text: str, new: str) -> str:
     """The text with what stands between the markers replaced."""
     before, rest = text.split(BEGIN)
@@ -74,7 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=Path)
     options = parser.parse_args(arguments)
     summary = json.loads((options.run / "summary.json").read_text())
-    (ROOT / "docs" / "results" / "demo.json").write_text(json.dumps(summary, indent=2) + "\n")
+    results = ROOT / "docs" / "results"
+    (results / "demo.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (results / "README.md").write_text(results_page(results))
     readme = ROOT / "README.md"
     readme.write_text(insert(readme.read_text(), table(summary)))
 
