@@ -2,7 +2,8 @@
 
     python scripts/measure_teacher.py --json docs/results/teacher.json
 
-Each package, and all of `--together` as one source, gives one drawn sample per window length.
+Each package gives one drawn sample per window length; "together" is the nats of all of them over
+the bytes of all of them.
 """
 
 import argparse
@@ -17,12 +18,11 @@ import torch
 
 from minipuzzle.data.packages import package_version
 from minipuzzle.data.packing import blocks_fingerprint, byte_lengths, token_blocks
-from minipuzzle.eval.bpb import bits_per_byte
+from minipuzzle.eval.bpb import BitsPerByte, bits_per_byte
 from minipuzzle.model import Model, load
 
 TEACHER = Path(__file__).resolve().parents[1] / "minipuzzle" / "demo" / "teacher"
-PACKAGES = ("networkx", "sqlalchemy", "optuna", "mpmath")
-TOGETHER = ("networkx", "optuna", "sqlalchemy")
+PACKAGES = ("networkx", "optuna", "sqlalchemy")
 
 
 @dataclass(frozen=True)
@@ -39,41 +39,55 @@ def main() -> None:
     arguments = _arguments()
     sample = Sample(arguments.tokens, tuple(arguments.windows), arguments.seed)
     model = load(arguments.model)
+    packages: list[str] = arguments.packages
+    decode = {name: decode_gap(model, name, sample.seed) for name in packages}
+    print(decode, flush=True)
     result = {
         "what": "bits per byte, windows begun without context; fp32 arithmetic on the CPU",
         "tokens_per_sample": sample.tokens,
         "seed": sample.seed,
-        "versions": _versions(arguments.packages, arguments.together),
+        "versions": _versions(packages),
         "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
-        "bits_per_byte": {
-            ",".join(source): _scores(model, source, sample)
-            for source in [*([name] for name in arguments.packages), arguments.together]
-        },
-        "decode": {name: decode_gap(model, name, sample.seed) for name in arguments.packages},
+        "bits_per_byte": {str(w): _scores(model, packages, w, sample) for w in sample.windows},
+        "decode": decode,
     }
     _write(arguments.json, result)
 
 
-def _scores(model: Model, packages: list[str], sample: Sample) -> dict[str, dict[str, Any]]:
-    """Per window length: the score, what it was measured on, and a hash of the token ids."""
-    scores: dict[str, dict[str, Any]] = {}
-    for window in sample.windows:
-        blocks = _blocks(model, packages, window, sample.tokens // window, sample.seed)
-        lengths = byte_lengths(model.tokenizer, model.architecture.vocabulary)
-        found = bits_per_byte(model.module, blocks, lengths)
-        scores[str(window)] = {
-            "bits_per_byte": round(found.value, 5),
-            "nats_per_token": round(found.nats / found.tokens, 5),
-            "tokens": found.tokens,
-            "bytes": found.bytes,
-            "blocks": blocks_fingerprint(blocks),
-        }
-        print(",".join(packages), window, scores[str(window)]["bits_per_byte"], flush=True)
-    return scores
+def _scores(
+    model: Model, packages: list[str], window: int, sample: Sample
+) -> dict[str, dict[str, Any]]:
+    """Per package: the score, what it was measured on, and a hash of the token ids."""
+    lengths = byte_lengths(model.tokenizer, model.architecture.vocabulary)
+    found: dict[str, BitsPerByte] = {}
+    hashes: dict[str, str] = {}
+    for name in packages:
+        blocks = _blocks(model, name, window, sample.tokens // window, sample.seed)
+        found[name] = bits_per_byte(model.module, blocks, lengths)
+        hashes[name] = blocks_fingerprint(blocks)
+        print(name, window, round(found[name].value, 5), flush=True)
+    together = BitsPerByte(
+        sum(part.nats for part in found.values()),
+        sum(part.tokens for part in found.values()),
+        sum(part.bytes for part in found.values()),
+    )
+    rows: dict[str, dict[str, Any]] = {
+        name: {**_row(part), "blocks": hashes[name]} for name, part in found.items()
+    }
+    return {**rows, "together": _row(together)}
 
 
-def _blocks(model: Model, packages: list[str], window: int, blocks: int, seed: int) -> torch.Tensor:
-    source = "python-packages:" + ",".join(packages)
+def _row(found: BitsPerByte) -> dict[str, Any]:
+    return {
+        "bits_per_byte": round(found.value, 5),
+        "nats_per_token": round(found.nats / found.tokens, 5),
+        "tokens": found.tokens,
+        "bytes": found.bytes,
+    }
+
+
+def _blocks(model: Model, package: str, window: int, blocks: int, seed: int) -> torch.Tensor:
+    source = "python-packages:" + package
     return token_blocks(source, model.tokenizer, block=window, blocks=blocks, seed=seed)
 
 
@@ -90,7 +104,7 @@ def decode_gap(model: Model, package: str, seed: int, *, tokens: int = 200) -> d
     Returns:
         The difference, and the largest logit beside which it stands.
     """
-    ids = _blocks(model, [package], tokens, 1, seed)
+    ids = _blocks(model, package, tokens, 1, seed)
     prefill = model.module(input_ids=ids, use_cache=False).logits
     cache, steps = None, []
     for piece in torch.split(ids, 1, dim=1):
@@ -101,8 +115,7 @@ def decode_gap(model: Model, package: str, seed: int, *, tokens: int = 200) -> d
     return {"tokens": tokens, "gap": float(gap), "largest_logit": float(prefill.abs().max())}
 
 
-def _versions(*names: list[str]) -> dict[str, str | None]:
-    packages = sorted({name for group in names for name in group})
+def _versions(packages: list[str]) -> dict[str, str | None]:
     libraries = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     return libraries | {name: package_version(name) for name in packages}
 
@@ -121,8 +134,7 @@ def _arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=Path, default=TEACHER, help="model folder (default: the demo's teacher)")
     add("--json", type=Path, required=True, help="file to write")
-    add("--packages", nargs="+", default=list(PACKAGES), help="measured one by one")
-    add("--together", nargs="+", default=list(TOGETHER), help="measured as one source")
+    add("--packages", nargs="+", default=list(PACKAGES), help="installed packages")
     add("--windows", nargs="+", type=int, default=[512, 1024, 2048], help="tokens per window")
     add("--tokens", type=int, default=98_304, help="tokens per source and window length")
     add("--seed", type=int, default=1, help="decides which documents are drawn")

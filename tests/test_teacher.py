@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import teacher_corpus
 import teacher_model
 import teacher_training
+import train_demo_teacher
 
 from minipuzzle.data.packages import Document
 
@@ -151,3 +152,25 @@ def test_manifest_keeps_the_unseen_packages_out() -> None:
     names = {package["name"].lower() for package in manifest["packages"]}
     assert names.isdisjoint(teacher_corpus.UNSEEN_PACKAGES)
     assert sum(package["tokens"] for package in manifest["packages"]) == manifest["tokens"]
+
+
+def test_a_run_reads_the_first_share_of_the_text() -> None:
+    half = teacher_training.Settings()
+    manifest = train_demo_teacher.with_read({"tokens": 11}, half)
+    assert manifest["read"] == {"first_token": 0, "last_token": 4, "tokens": 5, "of_tokens": 11}
+    assert teacher_training.read_count(11, dataclasses.replace(half, text_share=1)) == 11
+    with pytest.raises(ValueError):
+        teacher_training.read_count(11, dataclasses.replace(half, text_share=1.5))
+
+
+def test_log_and_manifest_of_the_bundled_teacher_tell_of_the_default_run() -> None:
+    lines = (TEACHER / "training_log.jsonl").read_text().splitlines()
+    start, text, *_, end = map(json.loads, lines)
+    settings = teacher_training.Settings(steps=train_demo_teacher.STEPS)
+    for name in ("steps", "batch", "block", "rate", "optimizer", "decay", "warmup", "clip", "seed"):
+        assert start["settings"][name] == getattr(settings, name), name
+    assert start["shape"] == dataclasses.asdict(train_demo_teacher.SHAPES["wide-heads"])
+    read = json.loads((TEACHER / "manifest.json").read_text())["read"]
+    assert read["tokens"] == text["tokens_of_text"] == read["last_token"] + 1
+    assert read["tokens"] == teacher_training.read_count(read["of_tokens"], settings)
+    assert read["tokens_trained_on"] == end["tokens"]
