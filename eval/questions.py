@@ -55,6 +55,15 @@ def prepare(
     )
 
 
+def keep_questions_only(folder: Path) -> None:
+    """Leave the made questions as JSON lines, and no file that names this folder or caches it."""
+    for path in folder.iterdir() if folder.exists() else ():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.suffix != ".jsonl":
+            path.unlink()
+
+
 def _packages(name: str, sources: Mapping[str, str]) -> list[str]:
     split = MADE_FROM[name]
     packages = package_names(sources[split])

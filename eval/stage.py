@@ -26,7 +26,7 @@ from minipuzzle.source import resolve
 from .bpb import bits_per_byte
 from .compare import Answers, accuracy, comparison
 from .harness import Tasks
-from .questions import prepare
+from .questions import keep_questions_only, prepare
 from .speed import measure
 
 SCHEMA_VERSION = 1
@@ -85,6 +85,7 @@ class _Evaluator:
             evaluation["against_teacher"] = {
                 name: comparison(teacher, other) for name, other in answers.items()
             }
+        keep_questions_only(self.work / "tasks")
         atomic_write_json(self.work / "evaluation.json", evaluation)
 
     @cached_property
