@@ -9,7 +9,14 @@ from collections.abc import Iterable, Iterator
 from minipuzzle.demo.keywords import next_keyword
 from minipuzzle.demo.questions import Draft, Kind, Tokens, shuffled
 from minipuzzle.demo.scopes import BUILTINS, Class, Function, SourceFile, Use, words
-from minipuzzle.demo.spots import RECEIVERS, composed_spot, first_word, rivals, spot, unmentioned
+from minipuzzle.demo.spots import (
+    RECEIVERS,
+    composed_spot,
+    first_word,
+    rivals,
+    spot,
+    unmentioned,
+)
 
 FAR = 16
 """Tokens between a name's last mention and the question that make it recall, not repetition."""
@@ -59,9 +66,10 @@ def next_name(file: SourceFile, tokens: Tokens, seed: int) -> Sites:
 
 
 def argument(file: SourceFile, tokens: Tokens, seed: int) -> Sites:
-    """Which name is this function's: one of its arguments, against names of functions above it.
+    """Which argument comes next: one of this function's, against names of functions above it.
 
-    The wrong ones are mentioned in the context, above the `def`, and unknown to this function.
+    One wrong choice is another argument of the function (where it has one that is a token); the
+    rest are mentioned in the context, above the `def`, and unknown to the function.
     """
     owned = {name for function in file.functions for name in function.bound} - RECEIVERS
 
@@ -72,8 +80,9 @@ def argument(file: SourceFile, tokens: Tokens, seed: int) -> Sites:
                 above = words(file.text[at.begin : function.start]) & owned
                 below = words(file.text[function.start : use.place])
                 known = {first_word(name) for name in function.visible | below}
-                wrong = [name for name in sorted(above) if first_word(name) not in known]
-                yield at.draft(shuffled(wrong, seed, file.name, use.place))
+                strange = [name for name in sorted(above) if first_word(name) not in known]
+                own = [name for name in rivals(at, function, seed) if name in function.parameters]
+                yield at.draft([*own[:1], *shuffled(strange, seed, file.name, use.place)])
 
     for function in file.functions:
         for uses in by_name(own_uses(function)):
@@ -121,8 +130,11 @@ def attribute(file: SourceFile, tokens: Tokens, seed: int) -> Sites:
     def drafts(function: Function, uses: list[Use]) -> Iterator[Draft]:
         owner = function.owner
         assert owner is not None
-        head = assignments_shown(file, owner, uses[0].name, seed)
-        for use in tried(uses, seed, "attribute", file) if short(head, tokens) else ():
+        heads = (assignments_shown(file, owner, uses[0].name, seed, more=n) for n in (1, 0))
+        head = next((head for head in heads if short(head, tokens)), None)
+        if head is None:
+            return
+        for use in tried(uses, seed, "attribute", file):
             at = composed_spot(file, tokens, head, function, use)
             if at and at.recalls(tokens, FAR):
                 both = [name for name in words(head) & set(owner.initial) if name != use.name]
@@ -177,11 +189,11 @@ def imports_shown(file: SourceFile, name: str, seed: int) -> str:
     return "\n".join(file.text[start:end] for start, end in shown) + "\n\n\n"
 
 
-def assignments_shown(file: SourceFile, owner: Class, name: str, seed: int) -> str:
-    """Class and `__init__` with the statement that sets the attribute and one other."""
+def assignments_shown(file: SourceFile, owner: Class, name: str, seed: int, *, more: int) -> str:
+    """Class and `__init__` with the statement that sets the attribute and so many others."""
     needed = owner.initial[name]
     spare = sorted(place for place in set(owner.initial.values()) if place != needed)
-    shown = sorted([needed, *shuffled(spare, seed, file.name, name)[:1]])
+    shown = sorted([needed, *shuffled(spare, seed, file.name, name)[:more]])
     lines = [file.text[owner.start : owner.header_end], "    def __init__(self, **options):"]
     lines += [" " * 8 + file.text[start:end] for start, end in shown]
     return "\n".join(lines) + "\n\n    "
