@@ -82,8 +82,31 @@ def ablation(record: Mapping[str, Any]) -> str:
 
 
 def full_comparison(record: Mapping[str, Any]) -> str:
-    """A file of scripts/compare_full.py, as it is."""
-    return "```json\n" + json.dumps(record, indent=1) + "\n```"
+    """A file of scripts/compare_full.py as a Markdown table per model."""
+    parts = []
+    teacher = record["models"]["teacher"]["tasks"]
+    for name, against in record["against_teacher"].items():
+        ours, kept = record["models"][name]["tasks"], against["retained"]
+        parts += [f"| | questions | teacher, % | {name}, % | difference, 95 % |", "|---" * 5 + "|"]
+        parts += [
+            f"| `{task}` | {found['n']:,} | {100 * teacher[task]['acc']:.1f} "
+            f"| {100 * ours[task]['acc']:.1f} | {interval(found)} |"
+            for task, found in against["tasks"].items()
+        ]
+        parts += [
+            f"| mean | {against['mean']['n']:,} | | | {interval(against['mean'])} |",
+            "",
+            f"The {name} keeps {100 * kept['value']:.2f} % of the teacher's mean accuracy "
+            f"(95 % interval {100 * kept['low']:.2f} to {100 * kept['high']:.2f} %).",
+            "",
+        ]
+    return "\n".join(parts).rstrip()
+
+
+def interval(found: Mapping[str, float]) -> str:
+    """A paired difference in points with its 95 % interval."""
+    mean, low, high = (100 * found[key] for key in ("mean", "low", "high"))
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 SECTIONS: tuple[tuple[str, str, str, Callable[[Mapping[str, Any]], str]], ...] = (
