@@ -21,7 +21,9 @@ from minipuzzle.errors import UserError
 from minipuzzle.eval import compare, run
 from minipuzzle.eval.bpb import bits_per_byte
 from minipuzzle.eval.harness import Tasks, _Scorer
+from minipuzzle.eval.questions import keep_questions_only, prepare
 from minipuzzle.eval.speed import measure
+from minipuzzle.source import demo_teacher
 from tests.tiny_text import LINES, tiny_run, write_model
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -198,6 +200,28 @@ def test_unknown_task(tmp_path: Path) -> None:
     write_task(tmp_path, "first", 2)
     with pytest.raises(UserError, match="'frist'"):
         Tasks(["first", "frist"], folder=tmp_path, defaults=False)
+
+
+def test_questions_made_from_packages(tmp_path: Path) -> None:
+    teacher = model.load(demo_teacher())
+    sources = {"report": "python-packages:mpmath", "search": "python-packages:optuna"}
+    made: dict[int, dict[str, str]] = {}
+    for seed in (0, 0, 1):
+        place = tmp_path / "tasks"
+        tasks = prepare(("demo",), sources, teacher.tokenizer, place, limit=2, seed=seed)
+        answers = tasks.answers(teacher.module, teacher.tokenizer, label="")
+        assert len(answers) >= 4 and all(len(given) == 2 for given in answers.values())
+        keep_questions_only(place)
+        texts = {path.name: path.read_text() for path in place.iterdir()}
+        assert set(texts) == {f"{name}.jsonl" for name in answers}
+        assert made.setdefault(seed, texts) == texts
+    assert made[0] != made[1]
+
+
+def test_questions_need_packages(loaded: model.Model, tmp_path: Path) -> None:
+    sources = {"report": "some.txt", "search": "python-packages:mpmath"}
+    with pytest.raises(UserError, match="data.report.source"):
+        prepare(("demo",), sources, loaded.tokenizer, tmp_path / "t", limit=2, seed=0)
 
 
 # --- comparison

@@ -212,13 +212,19 @@ def shape(architecture: Architecture) -> str:
 
 def percent(change: float) -> str:
     """A relative change with its sign: `+1.2 %`."""
-    return f"{100 * change:+.1f} %".replace("-", MINUS)
+    return f"{_signed(100 * change)} %"
 
 
 def points(difference: Record) -> str:
     """A difference of accuracies with half of its interval: `-0.8 ± 1.1`."""
     half = 100 * (difference["high"] - difference["low"]) / 2
-    return f"{100 * difference['mean']:+.1f} ± {half:.1f}".replace("-", MINUS)
+    return f"{_signed(100 * difference['mean'])} ± {half:.1f}"
+
+
+def _signed(value: float) -> str:
+    """One decimal with its sign, a real minus, and none for what rounds to zero."""
+    text = f"{value:+.1f}"
+    return "0.0" if float(text) == 0 else text.replace("-", MINUS)
 
 
 def _against(findings: Findings, name: str) -> Record:
