@@ -68,19 +68,8 @@ def starting_point(folder: RunFolder) -> str:
 
 
 def settings_of(recipe: Recipe) -> Settings:
-    """The trainer's settings from the recipe's."""
-    given = recipe.distill
-    return Settings(
-        steps=given.steps,
-        batch=given.batch,
-        learning_rate=given.learning_rate,
-        warmup=given.warmup,
-        temperature=given.temperature,
-        weight_decay=given.weight_decay,
-        betas=given.betas,
-        checkpoint_every=given.checkpoint_every,
-        seed=recipe.seed,
-    )
+    """The trainer's settings: all of the recipe's section, which has the same names."""
+    return Settings(**recipe.distill.model_dump(), seed=recipe.seed)
 
 
 def _make(recipe: Recipe, teacher_folder: Path, start: Path, work: Path) -> None:

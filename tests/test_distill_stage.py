@@ -1,5 +1,6 @@
 """The stage: from repaired (or pruned) to student, resumable, recorded."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.distill import run, stage
 from minipuzzle.distill.history import HISTORY_FILE, Step, read_history
 from minipuzzle.errors import UserError
-from minipuzzle.recipe import Recipe
+from minipuzzle.recipe import DistillConfig, Recipe
 from minipuzzle.runfolder import RunFolder
 from tests.tiny_text import tiny_run, write_model
 
@@ -139,6 +140,26 @@ def test_no_steps_give_the_starting_point(tmp_path: Path) -> None:
     assert _same({n: t.float() for n, t in _tensors(student).items()}, exact)
     result = json.loads((student / "distill.json").read_text())
     assert result["start"] == "pruned" and result["before"] == result["after"]
+
+
+def test_every_setting_of_the_recipe_reaches_the_trainer(tmp_path: Path) -> None:
+    given: dict[str, Any] = {
+        "steps": 3,
+        "batch": 5,
+        "learning_rate": 2e-3,
+        "warmup": 0.3,
+        "temperature": 2.0,
+        "weight_decay": 0.1,
+        "betas": (0.5, 0.6),
+        "floor": 0.25,
+        "clip": 0.5,
+        "micro": 2,
+        "checkpoint_every": 4,
+        "evaluate_every": 7,
+    }
+    assert set(given) == set(DistillConfig.model_fields)
+    recipe = Recipe.from_mapping({"model": str(tmp_path), "seed": 11, "distill": given})
+    assert dataclasses.asdict(stage.settings_of(recipe)) == {**given, "seed": 11}
 
 
 def test_nothing_to_distill(tmp_path: Path) -> None:
