@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from minipuzzle import progress
 from minipuzzle.architecture import SCHEMA_VERSION
 from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.data.blocks import recipe_blocks
-from minipuzzle.distill.config import Settings
+from minipuzzle.distill.stage import settings_of
 from minipuzzle.families import parameter_count
 from minipuzzle.files import atomic_write_json
 from minipuzzle.memory import memory
@@ -95,14 +96,13 @@ def hold_tournament(
     work: Path,
 ) -> list[dict[str, Any]]:
     """Repair and distil every finalist for a few steps; one record each."""
-    settings = recipe.distill
     steps = recipe.search.finalist_steps if len(chosen) > 1 else 0
     texts = Texts(
         calibration=recipe_blocks(
             recipe, "calibration", model.tokenizer, recipe.search.finalist_blocks
         ),
         distillation=recipe_blocks(
-            recipe, "distillation", model.tokenizer, max(1, steps) * settings.batch
+            recipe, "distillation", model.tokenizer, max(1, steps) * recipe.distill.batch
         ),
         search=recipe_blocks(recipe, "search", model.tokenizer, recipe.search.blocks),
     )
@@ -111,16 +111,7 @@ def hold_tournament(
         space=space,
         scores=scores,
         texts=texts,
-        settings=Settings(
-            steps=steps,
-            batch=settings.batch,
-            learning_rate=settings.learning_rate,
-            warmup=settings.warmup,
-            temperature=settings.temperature,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            seed=recipe.seed,
-        ),
+        settings=replace(settings_of(recipe), steps=steps, checkpoint_every=0),
         ridge=recipe.repair.ridge,
         work=work,
     )
