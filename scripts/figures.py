@@ -1,0 +1,70 @@
+"""Measured figures in docs/results: each with the command, device, versions and date it came from.
+
+    record("importance", {"prune_8b_peak_gib": (1.2, "GiB")})
+
+Entries of other names stay as they are, so that each script writes its own.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from minipuzzle.files import atomic_write_json
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+PACKAGES = ("torch", "transformers", "triton", "mamba-ssm")
+
+
+def record(
+    name: str, figures: Mapping[str, tuple[float | int | None, str]], *, folder: Path = RESULTS
+) -> Path:
+    """Write figures (name -> value and unit) into `<folder>/<name>.json` and return its path."""
+    path = folder / f"{name}.json"
+    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    origin = {
+        "command": command(),
+        "device": device(),
+        "versions": versions(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+    for key, (value, unit) in figures.items():
+        known[key] = {"value": value, "unit": unit, **origin}
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write_json(path, dict(sorted(known.items())))
+    return path
+
+
+def command() -> str:
+    """The command line of this process, with its script relative to the repository."""
+    script = Path(sys.argv[0])
+    root = RESULTS.parent.parent
+    name = script.resolve().relative_to(root) if script.resolve().is_relative_to(root) else script
+    return shlex.join(["python", str(name), *sys.argv[1:]])
+
+
+def device() -> str:
+    """The GPU, or the kind and number of processor cores that torch uses."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} CPU cores ({platform.machine()})"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide speed and rounding."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
