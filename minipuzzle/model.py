@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,16 +19,23 @@ from minipuzzle.errors import UserError
 from minipuzzle.families import Family
 from minipuzzle.jsonfile import read_json
 
+if TYPE_CHECKING:
+    from minipuzzle.streaming import LayerStore
+
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded checkpoint. `module` is in eval mode; on the CPU its fast scan is installed."""
+    """A loaded checkpoint. `module` is in eval mode; on the CPU its fast scan is installed.
+
+    A streamed model has a `store`, and its `module` is empty but for the layer of the walk.
+    """
 
     folder: Path
     config: dict[str, Any]
     family: Family
     architecture: Architecture
     module: nn.Module
+    store: LayerStore | None = None
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -36,12 +43,19 @@ class Model:
         return load_tokenizer(self.folder)
 
     def part(self, name: str) -> nn.Module:
-        """`embed`, `layers`, `norm` or `head` of the built model."""
+        """`embed`, `norm` or `head` of the built model."""
         return self.module.get_submodule(self.family.modules[name])
 
     def layer(self, i: int) -> nn.Module:
-        """One layer's module."""
+        """The module of a layer's block."""
         return self.module.get_submodule(self.family.layer_module(i))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        if self.store is not None:
+            return self.store.device
+        return next(self.module.parameters()).device
 
     def parameter(self, name: str) -> nn.Parameter:
         """A parameter by its name on disk."""

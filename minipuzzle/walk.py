@@ -8,47 +8,101 @@ logits (B, T, V); B may be several variants of one batch laid end to end. All se
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from minipuzzle.architecture import Architecture, Layer
+from minipuzzle.architecture import Layer
 from minipuzzle.families.table import axis_sizes
 from minipuzzle.model import Model, prepare, transformers_config
 from minipuzzle.selection import LayerSelection, Selection, narrow
 from minipuzzle.slicing import dim_index, take
+from minipuzzle.streams import Stream
 
-TOKENS_PER_CHUNK = 4096
+CPU_TOKENS_PER_CHUNK = 2048  # more leave the caches: 25 to 33 % slower
+GPU_TOKENS_PER_CHUNK = 8192
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """A norm and what follows it up to the sum with the stream."""
+
+    norm: nn.Module
+    mixer: nn.Module
+
+    def __call__(self, hidden: torch.Tensor, **context: Any) -> torch.Tensor:
+        """Hidden (B, T, D) -> hidden (B, T, D), the residual included."""
+        update: torch.Tensor | tuple[torch.Tensor, ...]
+        update = self.mixer(self.norm(hidden), **context)
+        return hidden + (update[0] if isinstance(update, tuple) else update)
 
 
 class Walk:
     """Runs a model layer by layer; layers may be skipped or narrowed on the way.
 
-    A narrowed layer is built from the sliced tensors of the resident one and is therefore exactly
-    the layer of the sliced checkpoint.
+    A narrowed layer is built from the sliced tensors of the uncut one and is therefore exactly
+    the layer of the sliced checkpoint. A streamed model's layers are there only while `layers()`
+    stands at them.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, *, tokens_per_chunk: int | None = None) -> None:
         self.model = model
         self.num_layers = len(model.architecture.layers)
-        self._narrowed: dict[tuple[int, Any], nn.Module] = {}
+        self.streamed = model.store is not None
+        self.device = model.device
+        on_cpu = self.device.type == "cpu"
+        self.tokens_per_chunk = tokens_per_chunk or (
+            CPU_TOKENS_PER_CHUNK if on_cpu else GPU_TOKENS_PER_CHUNK
+        )
+        self._narrowed: dict[tuple[int, Any], Sublayer] = {}
+
+    def layers(self) -> Iterator[int]:
+        """Positions in order; layer i's weights are on the device inside the loop's body."""
+        return (
+            iter(range(self.num_layers)) if self.model.store is None else self.model.store.layers()
+        )
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids (B, T) -> hidden (B, T, D)."""
-        hidden: torch.Tensor = self.model.part("embed")(ids)
+        if self.model.store is not None:
+            return self.model.store.rows(ids)
+        hidden: torch.Tensor = self.model.part("embed")(ids.to(self.device))
         return hidden
+
+    def stream(self, ids: torch.Tensor) -> Stream:
+        """The embedded ids (B, T) as chunks; they wait in host memory if the model is streamed."""
+        parts = [self.embed(part) for part in chunks(ids, self.tokens_per_chunk)]
+        return Stream(parts, self.device, waiting=self.streamed)
 
     def layer(
         self, i: int, hidden: torch.Tensor, axes: LayerSelection | None = None
     ) -> torch.Tensor:
         """One layer, its residual included: hidden (B, T, D) -> hidden (B, T, D).
 
-        `axes` narrows the layer; rows are processed in chunks of about TOKENS_PER_CHUNK tokens.
+        `axes` narrows the layer; rows are processed in chunks of about `tokens_per_chunk` tokens.
         """
-        module = self.model.layer(i) if not axes else self._narrow(i, axes)
-        rows = max(1, TOKENS_PER_CHUNK // hidden.shape[1])
-        return torch.cat([module(hidden[j : j + rows]) for j in range(0, len(hidden), rows)])
+        sublayer = self.sublayer(i) if not axes else self._narrow(i, axes)
+        context = self._context(i, hidden)
+        rows = max(1, self.tokens_per_chunk // hidden.shape[1])
+        if len(hidden) <= rows:
+            return sublayer(hidden, **context)
+        parts = (hidden[j : j + rows] for j in range(0, len(hidden), rows))
+        return torch.cat([sublayer(part, **context) for part in parts])
+
+    def sublayer(self, i: int) -> Sublayer:
+        """Norm and mixer of layer i of the uncut model."""
+        return sublayer(self.model, i, self.model.layer(i))
+
+    def _context(self, i: int, hidden: torch.Tensor) -> dict[str, Any]:
+        """What the mixer of layer i takes beside the hidden states."""
+        modules = self.model.family.modules
+        if "positions" not in modules or self.model.architecture.layers[i].kind != "attention":
+            return {}
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        rotary = self.model.module.get_submodule(modules["positions"])
+        return {"position_embeddings": rotary(hidden, position_ids=positions)}
 
     def final(self, hidden: torch.Tensor) -> torch.Tensor:
         """The state just before the head: the final norm of hidden (B, T, D)."""
@@ -57,6 +111,8 @@ class Walk:
 
     def logits(self, state: torch.Tensor) -> torch.Tensor:
         """State (B, T, D) -> logits (B, T, V) in fp32."""
+        if self.model.store is not None:
+            self.model.store.need_head()
         logits: torch.Tensor = self.model.part("head")(state)
         return logits.float()
 
@@ -69,7 +125,7 @@ class Walk:
                 hidden = self.layer(i, hidden, axes)
         return self.final(hidden)
 
-    def _narrow(self, i: int, axes: LayerSelection) -> nn.Module:
+    def _narrow(self, i: int, axes: LayerSelection) -> Sublayer:
         key = (i, tuple(axes.items()))
         if key not in self._narrowed:
             self._narrowed[key] = narrow_layer(self.model, i, axes)
@@ -80,12 +136,19 @@ class Walk:
         self._narrowed.clear()
 
 
-def narrow_layer(model: Model, i: int, axes: LayerSelection) -> nn.Module:
-    """A layer module of the narrowed shape that holds the kept part of layer `i`'s tensors."""
+def sublayer(model: Model, i: int, block: nn.Module) -> Sublayer:
+    """Norm and mixer of layer i in a module of its block."""
+    kind = model.architecture.layers[i].kind
+    norm, mixer = model.family.norms[kind], model.family.mixers[kind]
+    return Sublayer(block.get_submodule(norm), block.get_submodule(mixer))
+
+
+def narrow_layer(model: Model, i: int, axes: LayerSelection) -> Sublayer:
+    """A layer of the narrowed shape that holds the kept part of layer `i`'s tensors."""
     layer = model.architecture.layers[i]
-    module = build_layer(model, i, narrow(layer, axes, where=f"layer {i}"))
+    block = build_block(model, i, narrow(layer, axes, where=f"layer {i}"))
     sizes = axis_sizes(model.architecture, layer)
-    prefix = model.family.layer_prefix.format(i=i)
+    prefix = model.family.prefix(i)
     kept = {axis: tuple(units) for axis, units in axes.items()}
     state = {}
     for spec in model.family.tensors(model.architecture):
@@ -93,28 +156,25 @@ def narrow_layer(model: Model, i: int, axes: LayerSelection) -> nn.Module:
             index = tuple(dim_index(dim, sizes, kept) for dim in spec.layout.dims)
             name = spec.name.removeprefix(prefix)
             state[name] = take(model.parameter(spec.name).detach(), index)
-    module.load_state_dict(state, strict=True, assign=True)
-    prepare(module, next(module.parameters()).device)
-    return module.eval().requires_grad_(False)
+    unknown = block.load_state_dict(state, strict=False, assign=True).unexpected_keys
+    assert not unknown, unknown
+    prepare(block, model.device)
+    block.eval().requires_grad_(False)
+    return sublayer(model, i, block)
 
 
-def build_layer(model: Model, i: int, layer: Layer) -> nn.Module:
-    """An empty module of `layer`'s shape, of the class that the built model uses for layer `i`."""
-    parent = model.architecture
-    alone = Architecture(
-        hidden=parent.hidden,
-        vocabulary=parent.vocabulary,
-        tied=parent.tied,
-        layers=(layer,),
-        biases=parent.biases,
-    )
-    config = transformers_config(model.family, model.config, alone)
+def build_block(model: Model, i: int, layer: Layer) -> nn.Module:
+    """An empty block, of the class that the built model uses, with `layer` in layer `i`'s place."""
+    parent, size = model.architecture, model.family.layers_per_block
+    start = i // size * size
+    layers = (*parent.layers[start:i], layer, *parent.layers[i + 1 : start + size])
+    config = transformers_config(model.family, model.config, replace(parent, layers=layers))
     with torch.device("meta"):
         module: nn.Module = type(model.layer(i))(config, 0)
     return module
 
 
-def chunks(ids: torch.Tensor, tokens: int = TOKENS_PER_CHUNK) -> Iterator[torch.Tensor]:
+def chunks(ids: torch.Tensor, tokens: int = CPU_TOKENS_PER_CHUNK) -> Iterator[torch.Tensor]:
     """Sequences (B, T) in groups of about `tokens` tokens."""
     rows = max(1, tokens // ids.shape[1])
     for start in range(0, len(ids), rows):

@@ -5,10 +5,11 @@ from typing import Any
 
 from minipuzzle.architecture import Architecture
 from minipuzzle.errors import UserError
+from minipuzzle.families.llama import LLAMA
 from minipuzzle.families.nemotron_h import NEMOTRON_H
 from minipuzzle.families.table import Family, Probe, TensorLayout, TensorSpec, parameter_count
 
-FAMILIES = {NEMOTRON_H.name: NEMOTRON_H}
+FAMILIES = {family.name: family for family in (NEMOTRON_H, LLAMA)}
 
 __all__ = ["FAMILIES", "Family", "Probe", "TensorLayout", "TensorSpec", "parameter_count", "read"]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from minipuzzle.architecture import Architecture, AttentionLayer, FFNLayer, Kind, Layer, MambaLayer
 from minipuzzle.errors import UserError
+from minipuzzle.families.config import integer, uniform
 from minipuzzle.families.table import HIDDEN, ONE, Dim, Family, Probe, TensorLayout
 
 INNER = ("heads", "head_dim")
@@ -78,38 +79,28 @@ PATTERN_KEYS = ("hybrid_override_pattern", "layers_block_type", "layer_types")
 EXPERT_WORDS = ("expert", "moe_", "topk_group", "n_group", "norm_topk_prob", "routed_scaling")
 
 
-def _integer(config: Mapping[str, Any], *keys: str) -> int:
-    for key in keys:
-        value = config.get(key)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if value is not None:
-            raise UserError(f"config.json: `{key}` must be one integer, but is {value!r}")
-    raise UserError(f"config.json lacks `{keys[0]}`; is this a complete Nemotron-H configuration?")
-
-
 def _head_dim(config: Mapping[str, Any]) -> int:
     if config.get("head_dim") is None and config.get("attention_head_dim") is None:
-        return _integer(config, "hidden_size") // _integer(config, "num_attention_heads")
-    return _integer(config, "head_dim", "attention_head_dim")
+        return integer(config, "hidden_size") // integer(config, "num_attention_heads")
+    return integer(config, "head_dim", "attention_head_dim")
 
 
 def _layer(config: Mapping[str, Any], kind: Kind) -> Layer:
     if kind == "mamba":
         return MambaLayer(
-            heads=_integer(config, "mamba_num_heads"),
-            head_dim=_integer(config, "mamba_head_dim"),
-            groups=_integer(config, "n_groups"),
-            state=_integer(config, "ssm_state_size"),
-            conv=_integer(config, "conv_kernel"),
+            heads=integer(config, "mamba_num_heads"),
+            head_dim=integer(config, "mamba_head_dim"),
+            groups=integer(config, "n_groups"),
+            state=integer(config, "ssm_state_size"),
+            conv=integer(config, "conv_kernel"),
         )
     if kind == "attention":
         return AttentionLayer(
-            query_heads=_integer(config, "num_attention_heads"),
-            kv_heads=_integer(config, "num_key_value_heads"),
+            query_heads=integer(config, "num_attention_heads"),
+            kv_heads=integer(config, "num_key_value_heads"),
             head_dim=_head_dim(config),
         )
-    return FFNLayer(width=_integer(config, "intermediate_size"))
+    return FFNLayer(width=integer(config, "intermediate_size"))
 
 
 def _kinds(config: Mapping[str, Any]) -> list[Kind]:
@@ -141,22 +132,12 @@ def read_config(config: Mapping[str, Any]) -> Architecture:
     layers = {kind: _layer(config, kind) for kind in sorted(set(kinds))}
     biases = {flag for flag, (key, default) in BIAS_KEYS.items() if config.get(key, default)}
     return Architecture(
-        hidden=_integer(config, "hidden_size"),
-        vocabulary=_integer(config, "vocab_size"),
+        hidden=integer(config, "hidden_size"),
+        vocabulary=integer(config, "vocab_size"),
         tied=bool(config.get("tie_word_embeddings", False)),
         layers=tuple(layers[kind] for kind in kinds),
         biases=frozenset(biases),
     )
-
-
-def _uniform(architecture: Architecture, kind: Kind) -> Layer | None:
-    found = {layer for layer in architecture.layers if layer.kind == kind}
-    if len(found) > 1:
-        raise UserError(
-            f"the {kind} layers have {len(found)} different shapes; this format holds one shape "
-            "per kind: select uniform widths"
-        )
-    return next(iter(found), None)
 
 
 def write_config(config: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
@@ -179,7 +160,7 @@ def write_config(config: Mapping[str, Any], architecture: Architecture) -> dict[
         "vocab_size": architecture.vocabulary,
         "tie_word_embeddings": architecture.tied,
     }
-    mamba, attention, ffn = (_uniform(architecture, k) for k in ("mamba", "attention", "ffn"))
+    mamba, attention, ffn = (uniform(architecture, k) for k in ("mamba", "attention", "ffn"))
     if isinstance(mamba, MambaLayer):
         shape |= {
             "mamba_num_heads": mamba.heads,
@@ -202,7 +183,7 @@ def write_config(config: Mapping[str, Any], architecture: Architecture) -> dict[
 
 NEMOTRON_H = Family(
     name="nemotron_h",
-    layer_prefix="backbone.layers.{i}.",
+    layer_prefix="backbone.layers.{block}.",
     model_tensors=MODEL,
     layer_tensors={"mamba": MAMBA, "attention": ATTENTION, "ffn": FFN},
     probes={
@@ -213,10 +194,11 @@ NEMOTRON_H = Family(
     memory_names=(("backbone.", "model."),),
     modules={
         "embed": "model.embeddings",
-        "layers": "model.layers",
         "norm": "model.norm_f",
         "head": "lm_head",
     },
+    norms=dict.fromkeys(("mamba", "attention", "ffn"), "norm"),
+    mixers=dict.fromkeys(("mamba", "attention", "ffn"), "mixer"),
     read_config=read_config,
     write_config=write_config,
 )

@@ -74,14 +74,34 @@ class Family:
     """Everything that is particular to a model family."""
 
     name: str
-    layer_prefix: str  # on disk, with {i}
+    layer_prefix: str  # of a block on disk, with {block}
     model_tensors: tuple[TensorLayout, ...]
     layer_tensors: Mapping[Kind, tuple[TensorLayout, ...]]
     probes: Mapping[Kind, tuple[Probe, ...]]
     memory_names: tuple[tuple[str, str], ...]  # (prefix on disk, prefix in memory)
-    modules: Mapping[str, str]  # embed, layers, norm, head -> path in memory
+    modules: Mapping[str, str]  # embed, norm, head (and positions) -> path in memory
+    norms: Mapping[Kind, str]  # path of a layer's norm in its block
+    mixers: Mapping[Kind, str]  # path of what comes between the norm and the sum
     read_config: Callable[[Mapping[str, Any]], Architecture]
     write_config: Callable[[Mapping[str, Any], Architecture], dict[str, Any]]
+    block: tuple[Kind, ...] = ()  # layers that share a block, in order; (): a block for each
+
+    @property
+    def layers_per_block(self) -> int:
+        """Layers that share one block's name."""
+        return max(1, len(self.block))
+
+    def prefix(self, i: int) -> str:
+        """What the names on disk of layer i's tensors begin with."""
+        return self.layer_prefix.format(block=i // self.layers_per_block)
+
+    def removable(self, architecture: Architecture) -> tuple[tuple[int, ...], ...]:
+        """Layers that can only go together, in order: single layers, or the layers of a block."""
+        size = self.layers_per_block
+        assert len(architecture.layers) % size == 0, "read_config lets only whole blocks through"
+        return tuple(
+            tuple(range(start, start + size)) for start in range(0, len(architecture.layers), size)
+        )
 
     def tensors(self, architecture: Architecture) -> Iterator[TensorSpec]:
         """All tensors of a model of this architecture, in the order of the forward pass."""
@@ -91,7 +111,7 @@ class Family:
             yield from self._spec(layout, "", architecture, None)
         for i, layer in enumerate(architecture.layers):
             for layout in self.layer_tensors[layer.kind]:
-                yield from self._spec(layout, self.layer_prefix.format(i=i), architecture, i)
+                yield from self._spec(layout, self.prefix(i), architecture, i)
         for layout in after:
             yield from self._spec(layout, "", architecture, None)
 
@@ -114,8 +134,8 @@ class Family:
         return name
 
     def layer_module(self, i: int) -> str:
-        """Path of a layer's module in the built model."""
-        return self.memory_name(self.layer_prefix.format(i=i)).rstrip(".")
+        """Path of the module of a layer's block in the built model."""
+        return self.memory_name(self.prefix(i)).rstrip(".")
 
     def writer(self, kind: Kind) -> TensorLayout:
         """The projection of a layer that writes the residual stream."""
