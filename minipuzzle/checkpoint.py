@@ -142,6 +142,10 @@ class Checkpoint:
         """Shape of a tensor."""
         return self._entries[name].shape
 
+    def entry(self, name: str) -> Entry:
+        """Where a tensor lies on disk."""
+        return self._entries[name]
+
     def dtype(self, name: str) -> torch.dtype:
         """Stored dtype of a tensor."""
         return DTYPES[self._entries[name].dtype]

@@ -127,7 +127,7 @@ def refit_layer(
     """Solve the writer of student layer j and return the stream after it."""
     model = walk.model
     layer = model.architecture.layers[j]
-    prefix = model.family.layer_prefix.format(i=j)
+    prefix = model.family.prefix(j)
     weight = model.parameter(prefix + model.family.writer(layer.kind).name)
     writer = model.module.get_submodule(
         model.family.memory_name(prefix + model.family.writer(layer.kind).name).removesuffix(

@@ -200,7 +200,7 @@ class Meter:
     def _reader(self, model: Model, i: int) -> torch.Tensor:
         """The projection that reads these channels into the stream, (hidden, channels)."""
         layer = model.architecture.layers[i]
-        name = model.family.layer_prefix.format(i=i) + model.family.writer(layer.kind).name
+        name = model.family.prefix(i) + model.family.writer(layer.kind).name
         return model.parameter(name).detach()
 
 
