@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -131,7 +131,8 @@ class LayerStore:
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
-    return memoryview(cast(Any, tensor.view(-1).view(torch.uint8).numpy()))
+    array: Any = tensor.view(-1).view(torch.uint8)
+    return memoryview(array.numpy())
 
 
 def read_into(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> None:

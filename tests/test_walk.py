@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,11 @@ def test_walk_is_the_stock_forward(folder: Path) -> None:
 @torch.no_grad()
 def test_streamed_is_resident_bit_for_bit(folder: Path) -> None:
     here, there = Walk(load(folder)), Walk(stream(folder, dtype=torch.float32, device="cpu"))
-    states = {}
-    for name, walk in (("resident", here), ("streamed", there)):
-        states[name] = walk.stream(IDS)
+    states = [walk.stream(IDS) for walk in (here, there)]
+    for walk, own in zip((here, there), states, strict=True):
         for i in walk.layers():
-            states[name].advance(lambda hidden, walk=walk, i=i: walk.layer(i, hidden))
-    for one, other in zip(states["resident"], states["streamed"], strict=True):
+            own.advance(partial(walk.layer, i))
+    for one, other in zip(*states, strict=True):
         assert torch.equal(here.logits(here.final(one)), there.logits(there.final(other)))
     assert there.streamed and all(p.is_meta for p in there.model.layer(0).parameters())
 
