@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -131,8 +130,7 @@ class LayerStore:
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
-    array: Any = tensor.view(-1).view(torch.uint8)
-    return memoryview(array.numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def read_into(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> None:
