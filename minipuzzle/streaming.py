@@ -136,9 +136,7 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 def read_into(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> None:
     """Fill a contiguous CPU tensor of the stored dtype with a stored tensor, by several threads."""
     entry = checkpoint.entry(name)
-    raw = (
-        memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
-    )
+    raw = _bytes(tensor)
     descriptor = os.open(entry.shard, os.O_RDONLY)
 
     def part(start: int) -> None:
