@@ -59,6 +59,9 @@ class Space:
 
     def fitting_widths(self, mamba: int, attention: int, ffn: int) -> tuple[int, ...]:
         """The widest FFN widths under the budget for these removals, ascending; may be empty."""
+        removed: dict[Kind, int] = {"mamba": mamba, "attention": attention, "ffn": ffn}
+        if not self.family.whole_blocks(removed):
+            return ()
         fits = [
             width
             for width in self.widths
@@ -105,7 +108,7 @@ def make_space(
         family=family,
         deployment=deployment,
         budget_bytes=budget_bytes,
-        limits=_limits(architecture, config),
+        limits=_limits(architecture, family, config),
         widths=_widths(architecture, config),
     )
     if next(space.frontier(), None) is None:
@@ -118,14 +121,19 @@ def make_space(
     return space
 
 
-def _limits(architecture: Architecture, config: SearchConfig) -> dict[Kind, int]:
-    """How many layers of each kind may go: the recipe's number, but one always stays."""
+def _limits(architecture: Architecture, family: Family, config: SearchConfig) -> dict[Kind, int]:
+    """How many layers of each kind may go: the recipe's number, but one always stays.
+
+    Kinds that share a block go together, so the largest of their numbers counts for all.
+    """
     counts = architecture.counts()
     wanted: dict[Kind, int] = {
         "mamba": config.max_removed.mamba,
         "attention": config.max_removed.attention,
         "ffn": config.max_removed.ffn,
     }
+    blocks = max((wanted[kind] for kind in family.block), default=0)
+    wanted |= dict.fromkeys(family.block, blocks)
     return {kind: max(0, min(number, counts[kind] - 1)) for kind, number in wanted.items()}
 
 

@@ -115,6 +115,10 @@ class Family:
         for layout in after:
             yield from self._spec(layout, "", architecture, None)
 
+    def whole_blocks(self, removed: Mapping[Kind, int]) -> bool:
+        """Whether so many layers of each kind can go without leaving part of a block."""
+        return len({removed.get(kind, 0) for kind in self.block}) <= 1
+
     def _spec(
         self, layout: TensorLayout, prefix: str, architecture: Architecture, i: int | None
     ) -> Iterator[TensorSpec]:
