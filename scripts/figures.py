@@ -2,11 +2,15 @@
 
     record("importance", {"prune_8b_peak_gib": (1.2, "GiB")})
 
-Entries of other names stay as they are, so that each script writes its own.
+Entries of other names stay as they are, so that each script writes its own. What a script wrote to
+another folder (its option --results) on another machine is taken over whole, origin included, by
+
+    python scripts/figures.py merge FOLDER
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import platform
@@ -20,6 +24,7 @@ from typing import Any
 from minipuzzle.files import atomic_write_json
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+FIELDS = {"value", "unit", "command", "device", "versions", "date"}
 PACKAGES = ("torch", "transformers", "triton", "mamba-ssm")
 
 
@@ -39,6 +44,23 @@ def record(
         known[key] = {"value": value, "unit": unit, **origin}
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write_json(path, dict(sorted(known.items())))
+    return path
+
+
+def merge(source: Path, *, folder: Path = RESULTS) -> Path:
+    """Take the entries of a results file over into the file of the same name in `folder`.
+
+    Raises:
+        ValueError: for a file with an entry that `record` cannot have written.
+    """
+    path = folder / source.name
+    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    found: dict[str, Any] = json.loads(source.read_text())
+    for name, entry in found.items():
+        if set(entry) != FIELDS:
+            raise ValueError(f"{source}: {name} has the fields {sorted(entry)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write_json(path, dict(sorted((known | found).items())))
     return path
 
 
@@ -68,3 +90,16 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def main() -> None:
+    """`merge FOLDER`: take over every results file in FOLDER."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("action", choices=["merge"])
+    parser.add_argument("folder", type=Path)
+    for source in sorted(parser.parse_args().folder.glob("*.json")):
+        print(merge(source))
+
+
+if __name__ == "__main__":
+    main()

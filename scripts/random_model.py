@@ -73,9 +73,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def shape_config(shape: str) -> dict[str, Any]:
-    """The config.json of a shape by name."""
-    config = dict(SHAPES[shape])
+def shape_config(shape: str, **changes: Any) -> dict[str, Any]:
+    """The config.json of a shape by name, with some of its values changed."""
+    config = SHAPES[shape] | changes
     return config | {"num_hidden_layers": len(config["hybrid_override_pattern"])}
 
 
@@ -105,11 +105,13 @@ def random_tensors(
         yield spec, random_tensor(spec, generator, dtype)
 
 
-def random_model(shape: str, device: str, dtype: torch.dtype, *, seed: int = 0) -> Model:
+def random_model(
+    shape: str, device: str, dtype: torch.dtype, *, seed: int = 0, **changes: Any
+) -> Model:
     """A model of the stock class with random weights; it has no folder and no tokenizer."""
     from transformers import AutoModelForCausalLM
 
-    config = shape_config(shape)
+    config = shape_config(shape, **changes)
     family, architecture = families.read(config)
     stock = transformers_config(family, config, architecture)
     with torch.device("meta"):
