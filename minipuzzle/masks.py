@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from minipuzzle.architecture import Layer
 from minipuzzle.families.table import TensorSpec, axis_sizes
 from minipuzzle.model import Model
 from minipuzzle.selection import LayerSelection, Selection
@@ -25,59 +26,101 @@ from minipuzzle.slicing import dim_index
 def masked(model: Model, selection: Selection) -> Iterator[nn.Module]:
     """The model's module, computing the cut model's function while the block runs.
 
-    Removed layers pass the stream on. Units are zeroed where the layer's inner activations enter
-    the projection that writes the stream; a norm over a narrowed axis, which would divide by the
-    full width, is rescaled to the kept one.
+    - Removed layers: the projection that writes the stream gives zero.
+    - Units of a layer: zeroed where its inner activations enter that projection, or the norm
+      before it. A norm over a narrowed axis divides by the root of the mean over the full width;
+      it is made to divide by the one over the kept units.
+    - Hidden channels: zeroed where the stream enters a norm, each of which is rescaled likewise.
+      Nothing but norms reads the stream, so what is written to a cut channel is never seen.
+
+    Raises:
+        UserError: for a selection that does not fit the model.
     """
-    assert selection.hidden is None, "the residual stream itself cannot be masked"
+    selection.apply(model.architecture)
     handles: list[RemovableHandle] = []
     try:
-        for i, axes in enumerate(selection.layers):
-            if axes is None:
-                handles.append(model.layer(i).register_forward_hook(_pass_on))
-            elif axes:
-                handles += _mask_layer(model, i, axes)
+        for spec in model.family.tensors(model.architecture):
+            handles += _mask_tensor(model, spec, selection)
         yield model.module
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _pass_on(module: nn.Module, args: tuple[torch.Tensor, ...], output: object) -> torch.Tensor:
-    return args[0]
-
-
-def _mask_layer(model: Model, i: int, axes: LayerSelection) -> list[RemovableHandle]:
-    specs = [s for s in model.family.tensors(model.architecture) if s.layer == i]
-    norms = [s for s in specs if s.role == "inner_norm"]
-    writers = [s for s in specs if s.role == "writes" and len(s.shape) == 2]
-    handles: list[RemovableHandle] = []
-    for spec in norms or writers:
+def _mask_tensor(model: Model, spec: TensorSpec, selection: Selection) -> list[RemovableHandle]:
+    """The hooks that a tensor of the table asks for, on the module that holds it."""
+    axes: LayerSelection | None = {} if spec.layer is None else selection.layers[spec.layer]
+    if spec.role == "norm" and selection.hidden is not None:
+        return _mask_norm(model, spec, _mask(model, spec, {"hidden": selection.hidden}), groups=1)
+    if axes is None:
+        return [_module(model, spec).register_forward_hook(_silence)] if _writes(spec) else []
+    if spec.role == "inner_norm":
+        return _mask_norm(model, spec, _mask(model, spec, axes), groups=_groups(model, spec))
+    if _writes(spec) and not _has_inner_norm(model, spec):
         mask = _mask(model, spec, axes)
-        if mask is None:
-            continue
-        module = model.module.get_submodule(
-            model.family.memory_name(spec.name).removesuffix(".weight")
-        )
-        # rms over the full width of zeroed units is the kept units' rms times sqrt(kept / full)
-        share = sqrt(float(mask.mean())) if norms else 1.0
-        handles.append(module.register_forward_pre_hook(_Scale(mask / share)))
-        if norms:
-            handles.append(module.register_forward_hook(_Scale(torch.tensor(share))))
-    return handles
+        if mask is not None:
+            return [_module(model, spec).register_forward_pre_hook(_Scale(mask))]
+    return []
+
+
+def _mask_norm(
+    model: Model, spec: TensorSpec, mask: torch.Tensor | None, *, groups: int
+) -> list[RemovableHandle]:
+    """Hooks by which a norm sees the kept units alone.
+
+    The norm's mean is over all `width` units, that of the sliced norm over `kept` ones. With the
+    input times c = sqrt(width / kept) both means are equal, the epsilon included; the output is
+    c times too large. A norm with groups has a mean for each; whole groups may be cut.
+    """
+    if mask is None:
+        return []
+    shares = mask.reshape(groups, -1).mean(1)
+    c = 1 / sqrt(float(shares.max()))  # equal in all kept groups
+    module = _module(model, spec)
+    return [
+        module.register_forward_pre_hook(_Scale(mask * c)),
+        module.register_forward_hook(_Scale(torch.tensor(1 / c))),
+    ]
+
+
+def _module(model: Model, spec: TensorSpec) -> nn.Module:
+    return model.module.get_submodule(model.family.memory_name(spec.name).removesuffix(".weight"))
+
+
+def _writes(spec: TensorSpec) -> bool:
+    return spec.role == "writes" and len(spec.shape) == 2
+
+
+def _layer(model: Model, spec: TensorSpec) -> Layer:
+    assert spec.layer is not None
+    return model.architecture.layers[spec.layer]
+
+
+def _groups(model: Model, spec: TensorSpec) -> int:
+    """Groups over which the layer's inner norm takes separate means."""
+    layer = _layer(model, spec)
+    return getattr(layer, layer.grouping[1]) if layer.grouping else 1
+
+
+def _has_inner_norm(model: Model, spec: TensorSpec) -> bool:
+    layouts = model.family.layer_tensors[_layer(model, spec).kind]
+    return any(layout.role == "inner_norm" for layout in layouts)
 
 
 def _mask(model: Model, spec: TensorSpec, axes: LayerSelection) -> torch.Tensor | None:
-    """1 for kept, 0 for cut units of the tensor's last dimension: shape (units,)."""
-    assert spec.layer is not None
-    sizes = axis_sizes(model.architecture, model.architecture.layers[spec.layer])
-    kept = dim_index(spec.layout.dims[-1], sizes, axes)
+    """1 for kept, 0 for cut units of the tensor's last dimension: (units,); None if all stay."""
+    layer = None if spec.layer is None else model.architecture.layers[spec.layer]
+    kept = dim_index(spec.layout.dims[-1], axis_sizes(model.architecture, layer), axes)
     if kept is None:
         return None
     device = next(model.module.parameters()).device
     mask = torch.zeros(spec.shape[-1], device=device)
     mask[kept.to(device)] = 1.0
     return mask
+
+
+def _silence(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(output)
 
 
 class _Scale:

@@ -38,18 +38,45 @@ CONFIG: dict[str, Any] = {
     "pad_token_id": 1,
 }
 
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 3,
+    "hidden_size": 32,
+    "vocab_size": 97,
+    "tie_word_embeddings": False,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+}
+CONFIGS: dict[str, dict[str, Any]] = {"nemotron_h": CONFIG, "llama": LLAMA}
+
 
 def write_tiny(
-    folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+    folder: Path,
+    *,
+    family: str = "nemotron_h",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
 ) -> Path:
     """A model folder with random weights large enough that every part of it matters."""
-    config = CONFIG | changes
+    config = CONFIGS[family] | changes
     if "hybrid_override_pattern" in changes:
         config["num_hidden_layers"] = len(changes["hybrid_override_pattern"])
-    family, architecture = families.read(config)
+    table, architecture = families.read(config)
     generator = torch.Generator().manual_seed(seed)
     tensors = []
-    for spec in family.tensors(architecture):
+    for spec in table.tensors(architecture):
         tensor = torch.randn(spec.shape, generator=generator)
         if spec.role in ("norm", "inner_norm"):
             tensor = 1 + 0.1 * tensor

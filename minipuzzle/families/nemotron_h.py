@@ -131,10 +131,15 @@ def read_config(config: Mapping[str, Any]) -> Architecture:
     kinds = _kinds(config)
     layers = {kind: _layer(config, kind) for kind in sorted(set(kinds))}
     biases = {flag for flag, (key, default) in BIAS_KEYS.items() if config.get(key, default)}
+    if config.get("tie_word_embeddings", False):
+        raise UserError(
+            "config.json: `tie_word_embeddings` is true, but transformers' Nemotron-H does not tie "
+            "and would leave the head random; store the head too and set it to false"
+        )
     return Architecture(
         hidden=integer(config, "hidden_size"),
         vocabulary=integer(config, "vocab_size"),
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=False,
         layers=tuple(layers[kind] for kind in kinds),
         biases=frozenset(biases),
     )
