@@ -129,11 +129,10 @@ def _mixer_forward(
         return type(self).forward(self, hidden_states, cache_params, attention_mask, **kwargs)
     inner = self.num_heads * self.head_dim
     maps = self.n_groups * self.ssm_state_size
-    gate, mixed, dt = self.in_proj(hidden_states).split(
-        [inner, inner + 2 * maps, self.num_heads], -1
-    )
+    projected: Tensor = self.in_proj(hidden_states)
+    gate, mixed, dt = projected.tensor_split((inner, 2 * (inner + maps)), -1)
     mixed = convolve(mixed, self.conv1d.weight[:, 0], self.conv1d.bias)
-    x, b, c = mixed.split([inner, maps, maps], -1)
+    x, b, c = mixed.tensor_split((inner, inner + maps), -1)
     shape = mixed.shape[:2]
     y = scan(
         x.view(*shape, self.num_heads, self.head_dim),

@@ -149,10 +149,10 @@ def pieces(mixer: Any, hidden: torch.Tensor, device: str) -> dict[str, float]:
     inner = mixer.num_heads * mixer.head_dim
     maps = mixer.n_groups * mixer.ssm_state_size
     projected: torch.Tensor = mixer.in_proj(hidden)
-    gate, mixed, dt = projected.tensor_split([inner, 2 * (inner + maps)], -1)
+    gate, mixed, dt = projected.tensor_split((inner, 2 * (inner + maps)), -1)
     weight, bias = mixer.conv1d.weight, mixer.conv1d.bias
     convolved = gpuscan.convolve(mixed, weight[:, 0], bias)
-    x, b, c = convolved.split([inner, maps, maps], -1)
+    x, b, c = convolved.tensor_split((inner, inner + maps), -1)
     y = torch.randn_like(gate)
     shape = (*hidden.shape[:2], mixer.num_heads, mixer.head_dim)
     by_group = (*hidden.shape[:2], mixer.n_groups, mixer.ssm_state_size)
