@@ -14,10 +14,12 @@ from torch import nn
 
 from minipuzzle import families
 from minipuzzle.architecture import Architecture
-from minipuzzle.checkpoint import Checkpoint, write_checkpoint
+from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.errors import UserError
 from minipuzzle.families import Family
 from minipuzzle.jsonfile import read_json
+from minipuzzle.shards import TensorPlan
+from minipuzzle.writer import write_checkpoint
 
 if TYPE_CHECKING:
     from minipuzzle.streaming import LayerStore
@@ -165,11 +167,7 @@ def save(model: Model, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> 
     """Write a loaded model as a checkpoint folder, its tokenizer files carried from `folder`."""
     config = model.family.write_config(model.config, model.architecture)
     config["dtype"] = str(dtype).removeprefix("torch.")
-    total = sum(spec.size for spec in model.family.tensors(model.architecture)) * dtype.itemsize
-    write_checkpoint(
-        folder,
-        config,
-        state_tensors(model, dtype=dtype),
-        total_bytes=total,
-        carry_from=model.folder,
-    )
+    specs = model.family.tensors(model.architecture)
+    plans = [TensorPlan(spec.name, spec.shape, dtype) for spec in specs]
+    tensors = state_tensors(model, dtype=dtype)
+    write_checkpoint(folder, config, tensors, plans=plans, carry_from=model.folder)

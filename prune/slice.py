@@ -1,46 +1,97 @@
-"""Surgery: a pure function of weights and selection, streamed tensor by tensor to disk."""
+"""Surgery: a pure function of weights and selection, streamed in row blocks from shard to shard."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from minipuzzle.checkpoint import Checkpoint, write_checkpoint
+from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.model import open_checked
 from minipuzzle.selection import Selection
-from minipuzzle.slicing import plan_tensors, take
+from minipuzzle.shards import TensorPlan
+from minipuzzle.slicing import BLOCK_BYTES, Index, plan_tensors, sliced_blocks, take
+from minipuzzle.writer import MAX_SHARD_BYTES, CheckpointWriter, tensor_bytes
+
+THREADS = 2  # one reads and gathers while the other writes
+COMPARED_BLOCKS = 8  # of each tensor, evenly spaced, first and last among them
+COMPARED_BYTES = 256 * 2**10
 
 
-def slice_checkpoint(source: Path, target: Path, selection: Selection) -> None:
+def slice_checkpoint(
+    source: Path,
+    target: Path,
+    selection: Selection,
+    *,
+    block_bytes: int = BLOCK_BYTES,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
     """Write the pruned checkpoint of `source` to `target`, in the dtypes of the source.
 
-    At most one shard is in memory. Raises UserError for a selection that does not fit the model
-    and for too little disk.
+    Memory does not depend on the model: a few blocks. Raises UserError for a source that is not
+    whole, a selection that does not fit the model, and too little disk; nothing is written then.
     """
     config, family, architecture, checkpoint = open_checked(source)
-    plan = list(plan_tensors(family, architecture, selection))
-    total = sum(new.size * checkpoint.dtype(old.name).itemsize for new, old, _ in plan)
-
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for new, old, index in plan:
-            yield new.name, take(checkpoint.tensor(old.name), index)
-
-    write_checkpoint(
-        target,
-        family.write_config(config, selection.apply(architecture)),
-        tensors(),
-        total_bytes=total,
-        carry_from=source,
+    plans: list[TensorPlan] = []
+    origin: dict[str, tuple[str, tuple[Index, ...]]] = {}
+    for new, old, index in plan_tensors(family, architecture, selection):
+        plans.append(TensorPlan(new.name, new.shape, checkpoint.dtype(old.name)))
+        origin[new.name] = old.name, index
+    pruned = family.write_config(config, selection.apply(architecture))
+    writer = CheckpointWriter(
+        target, pruned, plans, carry_from=source, max_shard_bytes=max_shard_bytes
     )
+
+    def cut(name: str) -> None:
+        old, index = origin[name]
+        writer.write(name, sliced_blocks(checkpoint, old, index, block_bytes=block_bytes))
+
+    with writer, ThreadPoolExecutor(THREADS, "slice") as pool:
+        for _ in pool.map(cut, writer.order):
+            pass  # an error of a thread is raised here
 
 
 def differing_tensor(source: Path, target: Path, selection: Selection) -> str | None:
-    """Name of a tensor on disk that is not bit for bit its slice; None when all are."""
+    """Name of a tensor on disk that is not bit for bit its slice; None when none is found.
+
+    Of a tensor larger than COMPARED_BLOCKS x COMPARED_BYTES only so many evenly spaced row blocks
+    are compared, so that the check stays small beside the cut of a large model; small models are
+    compared whole. The slices are made by the plain `take`, not by what made the file.
+    """
     _, family, architecture, parent = open_checked(source)
     written = Checkpoint.open(target)
     for new, old, index in plan_tensors(family, architecture, selection):
-        if not torch.equal(written.tensor(new.name), take(parent.tensor(old.name), index)):
-            return new.name
+        for rows in _compared_rows(new.shape, written.dtype(new.name).itemsize):
+            if not _same(written, new.name, parent, old.name, index, rows):
+                return new.name
     return None
+
+
+def _compared_rows(shape: tuple[int, ...], itemsize: int) -> Iterator[slice]:
+    """All rows in blocks, or COMPARED_BLOCKS evenly spaced blocks of a tensor with more of them."""
+    rows = shape[0] if shape else 1
+    step = max(1, COMPARED_BYTES * rows // max(1, torch.Size(shape).numel() * itemsize))
+    blocks = min(-(-rows // step), COMPARED_BLOCKS)
+    for i in range(blocks):
+        start = i * step if rows <= blocks * step else (rows - step) * i // (blocks - 1)
+        yield slice(start, min(start + step, rows))
+
+
+def _same(
+    written: Checkpoint,
+    name: str,
+    parent: Checkpoint,
+    origin: str,
+    index: tuple[Index, ...],
+    rows: slice,
+) -> bool:
+    """Whether rows of a written tensor have the bits of the parent's kept part."""
+    # mapped files: only the pages of these rows are read
+    expected, found = parent.tensor(origin), written.tensor(name)
+    if expected.ndim:
+        kept = index[0]
+        part = expected[rows] if kept is None else expected.index_select(0, kept[rows])
+        expected, found = take(part, (None, *index[1:])), found[rows]
+    return tensor_bytes(expected) == tensor_bytes(found)

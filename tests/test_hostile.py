@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from minipuzzle import checkpoint
-from minipuzzle.checkpoint import Checkpoint, write_checkpoint
+from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.cli import main
 from minipuzzle.errors import UserError
+from minipuzzle.shards import INDEX, TensorPlan
+from minipuzzle.writer import write_checkpoint
 from tests.tiny import write_tiny
 
 SHARD = "model.safetensors"
@@ -94,13 +95,13 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
 def escaping_shard(folder: Path) -> Path:
     (folder / SHARD).rename(folder.parent / "outside.safetensors")
     index = {"weight_map": {"lm_head.weight": "../outside.safetensors"}}
-    (folder / checkpoint.INDEX).write_text(json.dumps(index))
+    (folder / INDEX).write_text(json.dumps(index))
     return folder
 
 
 def missing_shard(folder: Path) -> Path:
     index = {"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
-    (folder / checkpoint.INDEX).write_text(json.dumps(index))
+    (folder / INDEX).write_text(json.dumps(index))
     return folder
 
 
@@ -172,7 +173,7 @@ def test_a_full_disk_is_said_before_anything_is_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     tensors = iter([("a", torch.zeros(1000))])
     with pytest.raises(UserError, match="the disk has .* GiB free"):
-        write_checkpoint(tmp_path / "out", {}, tensors, total_bytes=4000)
+        write_checkpoint(tmp_path / "out", {}, tensors)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -181,14 +182,15 @@ def test_a_write_that_breaks_leaves_nothing(tmp_path: Path) -> None:
         yield "a", torch.zeros(1000)
         raise OSError(28, "No space left on device")
 
+    plans = [TensorPlan("a", (1000,), torch.float32)]
     with pytest.raises(OSError, match="No space"):
-        write_checkpoint(tmp_path / "out", {}, tensors(), total_bytes=4000)
+        write_checkpoint(tmp_path / "out", {}, tensors(), plans=plans)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_shards_are_cut_where_the_next_tensor_would_not_fit(tmp_path: Path) -> None:
     items = [(f"t{i}", torch.full((100,), float(i))) for i in range(5)]
-    write_checkpoint(tmp_path / "out", {}, iter(items), total_bytes=2000, max_shard_bytes=900)
+    write_checkpoint(tmp_path / "out", {}, iter(items), max_shard_bytes=900)
     names = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert names == [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
     written = Checkpoint.open(tmp_path / "out")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from minipuzzle import families
-from minipuzzle.checkpoint import write_checkpoint
+from minipuzzle.writer import write_checkpoint
 
 CONFIG: dict[str, Any] = {
     "model_type": "nemotron_h",
@@ -85,6 +85,5 @@ def write_tiny(
         else:
             tensor = 0.3 * tensor
         tensors.append((spec.name, tensor.to(dtype)))
-    total = sum(tensor.nbytes for _, tensor in tensors)
-    write_checkpoint(folder, config, tensors, total_bytes=total)
+    write_checkpoint(folder, config, tensors)
     return folder

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from minipuzzle import model
-from minipuzzle.checkpoint import Checkpoint, carry_files
+from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.data.blocks import recipe_blocks
 from minipuzzle.files import atomic_write_json, atomic_write_text, require_disk
 from minipuzzle.jsonfile import read_json
 from minipuzzle.recipe import Recipe
 from minipuzzle.runfolder import RunFolder
 from minipuzzle.source import resolve
+from minipuzzle.writer import carry_files
 
 from .card import model_card
 from .verify import Proof, reference, verify
