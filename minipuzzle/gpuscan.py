@@ -12,7 +12,7 @@ Source: Dao & Gu, "Transformers are SSMs", arXiv 2405.21060, section 6.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import types
 from collections.abc import Callable
 from typing import Any
@@ -157,9 +157,18 @@ FORWARD: dict[str, Callable[..., Any]] = {
 }
 
 
+def has_kernels() -> bool:
+    """Whether `mamba_ssm` imports; transformers then uses its kernels, else plain PyTorch."""
+    try:
+        importlib.import_module("mamba_ssm")
+    except Exception:  # a build for another torch fails in ways of its own
+        return False
+    return True
+
+
 def install(model: nn.Module) -> int:
-    """Give the instances in `model` this forward, unless `mamba_ssm` is there; how many changed."""
-    if importlib.util.find_spec("mamba_ssm") is not None:
+    """Give the instances in `model` this forward, unless there are kernels; how many changed."""
+    if has_kernels():
         return 0
     changed = 0
     for module in model.modules():

@@ -120,7 +120,7 @@ def compare(
             difference = run().float()[: len(exact)] - exact
             rows[name] = {"error": float(difference.norm() / exact.norm())}
             rows[name] |= {"ms": milliseconds(run, device), "gib": peak_gib(device) - before}
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             print(f"  {name} failed: {str(error)[:200]}", flush=True)
             rows.pop(name, None)
             continue
