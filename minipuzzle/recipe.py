@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -25,6 +25,7 @@ from pydantic import (
 from minipuzzle import units
 from minipuzzle.errors import UserError
 from minipuzzle.memory import Deployment, Precision
+from minipuzzle.metrics import UNIT_METRICS, LayerMetric, UnitMetric
 from minipuzzle.recipe_io import (
     Place,
     anchored,
@@ -173,6 +174,30 @@ class ScoreConfig(Section):
 
     blocks: int = Field(default=8, ge=1, description="sequences that layers are scored on")
     unit_blocks: int = Field(default=32, ge=1, description="sequences for channels and heads")
+    metrics: tuple[LayerMetric, ...] = Field(
+        default=("hidden_mse", "cosine"),
+        strict=False,
+        min_length=1,
+        description="of layers: hidden_mse, logit_mse, kl, cosine",
+    )
+    unit_metrics: tuple[UnitMetric, ...] = Field(
+        default=UNIT_METRICS,
+        strict=False,
+        description="of channels and heads: activation, flap, energy, surgeon",
+    )
+    iterative: Annotated[int, Field(ge=0)] | Literal["budget"] = Field(
+        default=0,
+        description="layers removed one by one, the rest scored again after each; "
+        "`budget`: until the budget is met",
+    )
+    iterative_metric: LayerMetric = Field(
+        default="logit_mse", description="which layer goes next in that"
+    )
+    residency: Literal["auto", "resident", "streamed"] = Field(
+        default="auto",
+        description="where the model lives: on the device, or streamed from its checkpoint; "
+        "auto: what fits",
+    )
 
 
 class MaxRemoved(Section):

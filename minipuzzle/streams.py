@@ -69,6 +69,19 @@ class Stream:
             result.record_stream(back)
         back.synchronize()
 
+    def extend(self, other: Stream) -> None:
+        """Take the chunks of another stream, which must not be advanced any more, behind ours."""
+        assert self.waiting == other.waiting
+        self._chunks.extend(other._chunks)
+
+    def sizes(self) -> list[int]:
+        """Tokens of every chunk."""
+        return [chunk.shape[0] * chunk.shape[1] for chunk in self._chunks]
+
+    def tokens(self, k: int, start: int, stop: int) -> torch.Tensor:
+        """Tokens `start` to `stop` of chunk k, sequences laid end to end: (N, D) on the device."""
+        return self._chunks[k].flatten(0, 1)[start:stop].to(self.device)
+
     def copy(self) -> Stream:
         """Independent states of the same values."""
         twin = Stream([], self.device, waiting=self.waiting)

@@ -17,15 +17,18 @@ UNIT_METRICS: dict[str, tuple[str, ...]] = {"heads": ("activation",)}
 DEFAULT_METRICS = ("surgeon", "energy")
 
 
-def least_important(scores: Scores, kind: Kind, number: int) -> set[int]:
+def least_important(
+    scores: Scores, kind: Kind, number: int, metric: str = "hidden_mse"
+) -> set[int]:
     """Positions of the `number` layers of a kind with the lowest scores."""
+    values = scores.layer_metric(metric)
     positions = [i for i, k in enumerate(scores.kinds) if k == kind]
     if number >= len(positions) and number:
         raise UserError(
             f"{number} {kind} layers cannot be removed: the model has {len(positions)} "
             f"and one must stay; ask for at most {len(positions) - 1}"
         )
-    return set(sorted(positions, key=lambda i: (float(scores.layers[i]), i))[:number])
+    return set(sorted(positions, key=lambda i: (float(values[i]), i))[:number])
 
 
 def top_units(values: torch.Tensor, keep: int, groups: int = 1) -> tuple[int, ...]:

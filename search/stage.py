@@ -47,6 +47,7 @@ def run(recipe: Recipe, folder: RunFolder) -> None:
     def body(work: Path) -> None:
         model = load(teacher)
         scores = Scores.load(scored)
+        scores.check(model.architecture, Checkpoint.open(teacher).fingerprint())
         trials = find_trials(recipe, model, space, scores, work)
         results = hold_tournament(recipe, model, space, scores, finalists_of(recipe, trials), work)
         best = min(results, key=lambda result: (result["kl_distilled"], result["number"]))

@@ -37,7 +37,7 @@ def test_the_published_curve_gives_the_released_47b() -> None:
     layers = [curve.get(str(i), off_the_axis) for i in range(len(P56))]
     scores = Scores(
         kinds=tuple(layer.kind for layer in architecture.layers),
-        layers=torch.tensor(layers),
+        layers={"hidden_mse": torch.tensor(layers)},
         units={},
         provenance={},
     )

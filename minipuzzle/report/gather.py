@@ -74,9 +74,7 @@ def gather(recipe: Recipe, folder: RunFolder) -> Findings:
     history = folder.path / "student" / "history.jsonl"
     return Findings(
         teacher=_teacher(recipe),
-        importance=[
-            layer["hidden_mse"] for layer in read("scores", "scores.json").get("layers", [])
-        ],
+        importance=_importance(read("scores", "scores.json").get("layers", [])),
         trials=_usable(read("search", "trials.json").get("trials", []), "kl"),
         finalists=_usable(read("search", "finalists.json").get("finalists", []), "kl_cut"),
         best=read("search", "best.json"),
@@ -94,6 +92,11 @@ def _teacher(recipe: Recipe) -> Architecture | None:
         return resolve_config(recipe.model, recipe.revision)[1]
     except UserError:
         return None
+
+
+def _importance(layers: Sequence[Record]) -> list[float]:
+    """The error before the head without each layer; nothing where that was not measured."""
+    return [layer["hidden_mse"] for layer in layers if "hidden_mse" in layer]
 
 
 def _usable(records: Sequence[Record], key: str) -> list[Record]:
