@@ -1,36 +1,53 @@
-"""The demo teacher's text: which files of which packages, its tokenizer, and its tokens on disk.
+"""The demo teacher's text: which files of which packages, and its tokens on disk.
 
-The packages are named in a requirements file; `networkx`, `sqlalchemy`, `optuna` and `mpmath` are
-kept out of the training text (by path and by the lines they consist of) because the demo's search
-and report splits are made of them.
+The packages are named in a requirements file, or are all that is installed; `networkx`,
+`sqlalchemy`, `optuna` and `mpmath` are kept out of the training text (by path and by the lines they
+consist of) because the demo's search and report splits are made of them.
 """
 
+import functools
 import hashlib
-import json
+import importlib.metadata
+import multiprocessing
+import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from teacher_tokenizer import (
+    copy_tokenizer,
+    encode,
+    save_tokenizer,
+    token_bytes,
+    train_tokenizer,
+    write_json,
+)
+from tokenizers import Tokenizer
 
 from minipuzzle.data.packages import (
-    Document,
+    STANDARD_LIBRARY,
     package_version,
-    python_package_documents,
+    read_source,
+    source_files,
 )
+from minipuzzle.errors import UserError
 
 SEARCH_PACKAGES = ("optuna", "mpmath")
 REPORT_PACKAGES = ("networkx", "sqlalchemy")
 UNSEEN_PACKAGES = SEARCH_PACKAGES + REPORT_PACKAGES
 
-END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
-
 _LONG_LINE = 30
 """Shorter lines (`return None`) say nothing about where they come from."""
+_FILES_PER_TASK = 64
+
+Map = Callable[..., Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -52,6 +69,25 @@ class Limits:
     repeated: float = 0.7
 
 
+@dataclass(frozen=True)
+class Digest:
+    """What decides whether a file is taken.
+
+    Attributes:
+        name: "package/relative/path.py".
+        size: bytes.
+        longest: characters of its longest line.
+        content: hash of the text without white space.
+        lines: hashes of its long lines.
+    """
+
+    name: str
+    size: int
+    longest: int
+    content: bytes
+    lines: NDArray[np.uint64]
+
+
 @dataclass
 class PackageCount:
     """What was read of one package, and why the rest was not."""
@@ -64,79 +100,122 @@ class PackageCount:
     left_out: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Taken:
+    """A file of the training text."""
+
+    package: str
+    name: str
+    path: Path
+
+
 def read_requirements(path: Path) -> list[str]:
     """Package names of a requirements file, in its order, without versions and comments."""
     lines = (line.split("#")[0].strip() for line in path.read_text().splitlines())
     return [line.split("==")[0].strip() for line in lines if line]
 
 
+def installed_packages() -> list[str]:
+    """The standard library and every installed distribution with sources, but the unseen ones."""
+    names = {
+        re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
+        for distribution in importlib.metadata.distributions()
+    }
+    names -= {"", "minipuzzle", *UNSEEN_PACKAGES}
+    return [STANDARD_LIBRARY, *(name for name in sorted(names) if _sources(name))]
+
+
+@functools.cache
+def _sources(package: str) -> list[tuple[str, Path]]:
+    """Files of a package, none where it is not installed."""
+    try:
+        return source_files(package)
+    except UserError:
+        return []
+
+
+def digest_text(name: str, text: str) -> Digest:
+    """Digest of one file's text."""
+    hashes = [hashlib.blake2b(line.encode(), digest_size=8).digest() for line in _long_lines(text)]
+    return Digest(
+        name,
+        size=len(text.encode()),
+        longest=max(map(len, text.splitlines()), default=0),
+        content=hashlib.sha256("".join(text.split()).encode()).digest(),
+        lines=np.frombuffer(b"".join(hashes), dtype=np.uint64),
+    )
+
+
+def _digest(file: tuple[str, Path]) -> Digest | None:
+    text = read_source(file[1])
+    return None if text is None else digest_text(file[0], text)
+
+
 class Filter:
     """Decides file by file what enters the training text; remembers what it has taken."""
 
-    def __init__(self, unseen: Iterable[Document], limits: Limits) -> None:
+    def __init__(self, unseen: Iterable[Digest], limits: Limits) -> None:
         self.limits = limits
-        self._unseen_lines = {line for document in unseen for line in _long_lines(document.text)}
+        self._unseen_lines = {line for digest in unseen for line in digest.lines.tolist()}
         self._contents: set[bytes] = set()
         self._lines: set[int] = set()
 
-    def reason_against(self, document: Document) -> str | None:
-        """Why a document is left out, or None when it is taken."""
-        parts = [part.removesuffix(".py") for part in PurePosixPath(document.name).parts]
+    def reason_against(self, digest: Digest) -> str | None:
+        """Why a file is left out, or None when it is taken."""
+        parts = [part.removesuffix(".py") for part in PurePosixPath(digest.name).parts]
         if not set(UNSEEN_PACKAGES).isdisjoint(parts):
             return "path of an unseen package"
-        if max(map(len, document.text.splitlines()), default=0) > self.limits.line_characters:
+        if digest.longest > self.limits.line_characters:
             return "very long lines"
-        if self._seen_content(document.text):
+        if digest.content in self._contents:
             return "same content as another file"
-        lines = _long_lines(document.text)
-        if _share(line in self._unseen_lines for line in lines) > self.limits.overlap:
+        self._contents.add(digest.content)
+        lines = digest.lines.tolist()
+        if _share(lines, self._unseen_lines) > self.limits.overlap:
             return "lines of an unseen package"
-        hashes = [hash(line) for line in lines]
-        if _share(value in self._lines for value in hashes) > self.limits.repeated:
+        if _share(lines, self._lines) > self.limits.repeated:
             return "nearly the same as other files"
-        self._lines.update(hashes)
+        self._lines.update(lines)
         return None
 
-    def _seen_content(self, text: str) -> bool:
-        digest = hashlib.sha256("".join(text.split()).encode()).digest()
-        if digest in self._contents:
-            return True
-        self._contents.add(digest)
-        return False
 
-
-def training_documents(
-    packages: Sequence[str], limits: Limits
-) -> tuple[list[Document], list[PackageCount]]:
-    """Documents of all packages after filtering, package after package, and what was left out."""
-    accept = Filter(python_package_documents(UNSEEN_PACKAGES), limits)
-    taken: list[Document] = []
-    counts: list[PackageCount] = []
-    for package in packages:
-        count = PackageCount(package, package_version(package))
-        taken.extend(_package_share(package, accept, count))
-        counts.append(count)
+def training_files(
+    packages: Sequence[str], limits: Limits, each: Map
+) -> tuple[list[Taken], list[PackageCount]]:
+    """Files of all packages after filtering, package after package, and what was left out."""
+    unseen = [file for package in UNSEEN_PACKAGES for file in _sources(package)]
+    accept = Filter((digest for digest in each(_digest, unseen) if digest), limits)
+    counts = [PackageCount(package, package_version(package)) for package in packages]
+    # Files of one package in an order drawn from their names, until its share is full.
+    groups = [_sources(package) or source_files(package) for package in packages]
+    files = [sorted(group, key=lambda file: _order(file[0])) for group in groups]
+    digests = iter(each(_digest, [file for group in files for file in group]))
+    taken: list[Taken] = []
+    for group, count in zip(files, counts, strict=True):
+        own = ((path, next(digests)) for _, path in group)
+        taken.extend(_package_share(own, accept, count))
     return taken, counts
 
 
-def _package_share(package: str, accept: Filter, count: PackageCount) -> Iterator[Document]:
-    """Files of one package in an order drawn from their names, until its share is full."""
-    documents = sorted(python_package_documents([package]), key=lambda d: _order(d.name))
+def _package_share(
+    files: Iterable[tuple[Path, Digest | None]], accept: Filter, count: PackageCount
+) -> Iterator[Taken]:
     room = accept.limits.package_bytes
     test_room = int(room * accept.limits.test_share)
-    for document in documents:
-        size = len(document.text.encode())
-        is_test = _is_test(document.name)
-        if size > room or (is_test and size > test_room):
+    for path, digest in files:
+        if digest is None:
+            continue
+        is_test = _is_test(digest.name)
+        if digest.size > room or (is_test and digest.size > test_room):
             reason: str | None = "share of the package is full"
         else:
-            reason = accept.reason_against(document)
+            reason = accept.reason_against(digest)
         if reason is not None:
             count.left_out[reason] = count.left_out.get(reason, 0) + 1
             continue
-        room, test_room = room - size, test_room - size * is_test
-        count.files, count.bytes = count.files + 1, count.bytes + size
-        yield document
+        room, test_room = room - digest.size, test_room - digest.size * is_test
+        count.files, count.bytes = count.files + 1, count.bytes + digest.size
+        yield Taken(count.name, digest.name, path)
 
 
 def _is_test(name: str) -> bool:
@@ -155,103 +234,114 @@ def _long_lines(text: str) -> list[str]:
     return [line for line in stripped if len(line) >= _LONG_LINE]
 
 
-def _share(hits: Iterable[bool]) -> float:
-    values = list(hits)
-    return sum(values) / len(values) if len(values) >= 5 else 0.0
+def _share(lines: Sequence[int], known: set[int]) -> float:
+    return sum(map(known.__contains__, lines)) / len(lines) if len(lines) >= 5 else 0.0
 
 
-def train_tokenizer(documents: Sequence[Document], *, vocabulary: int, sample: int) -> Tokenizer:
-    """Byte-level BPE with GPT-2's splitting, trained on about `sample` bytes of the documents."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[END_OF_TEXT, PADDING],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_sample(documents, sample), trainer)
-    return tokenizer
-
-
-def _sample(documents: Sequence[Document], size: int) -> list[str]:
-    chosen: list[str] = []
+def sample_texts(files: Sequence[Taken], size: int) -> Iterator[str]:
+    """Texts of about `size` characters together, drawn by the files' names."""
     total = 0
-    for document in sorted(documents, key=lambda d: _order("tokenizer/" + d.name)):
+    for file in sorted(files, key=lambda file: _order("tokenizer/" + file.name)):
         if total >= size:
-            break
-        chosen.append(document.text)
-        total += len(document.text)
-    return chosen
+            return
+        text = _read(file.path)
+        total += len(text)
+        yield text
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
-    """Write tokenizer.json and the small files by which `AutoTokenizer` finds eos and padding."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    names = {"eos_token": END_OF_TEXT, "pad_token": PADDING}
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": context,
-        "clean_up_tokenization_spaces": False,
-        "add_prefix_space": False,
-        **names,
-    }
-    write_json(folder / "tokenizer_config.json", settings)
-    write_json(folder / "special_tokens_map.json", names)
+def _read(path: Path) -> str:
+    text = read_source(path)
+    assert text is not None, f"{path} changed while it was read"
+    return text
 
 
-def token_bytes(tokenizer: Tokenizer) -> NDArray[np.int64]:
-    """UTF-8 bytes each token stands for; 0 for the special ones."""
-    vocabulary = tokenizer.get_vocab()
-    sizes = np.zeros(len(vocabulary), dtype=np.int64)
-    for text, index in vocabulary.items():
-        # In the byte-level alphabet one character is one byte.
-        sizes[index] = 0 if text in (END_OF_TEXT, PADDING) else len(text)
-    return sizes
+@functools.cache
+def _tokenizer(folder: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
-def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[NDArray[np.uint16]]:
-    """Tokens of each document, an end-of-text token before each."""
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    encoded: list[NDArray[np.uint16]] = []
-    for start in range(0, len(documents), 500):
-        texts = [document.text for document in documents[start : start + 500]]
-        for item in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
-            encoded.append(np.array([end, *item.ids], dtype=np.uint16))
-    return encoded
+def _encode(task: tuple[Path, list[Path]]) -> list[NDArray[np.uint16]]:
+    folder, paths = task
+    return encode(_tokenizer(folder), [_read(path) for path in paths])
+
+
+def _encode_all(each: Map, folder: Path, paths: Sequence[Path]) -> list[NDArray[np.uint16]]:
+    starts = range(0, len(paths), _FILES_PER_TASK)
+    tasks = [(folder, list(paths[start : start + _FILES_PER_TASK])) for start in starts]
+    return [tokens for group in each(_encode, tasks) for tokens in group]
+
+
+@contextmanager
+def workers(processes: int) -> Iterator[Map]:
+    """Yield a map over many processes that keeps the order; over this one where it is one."""
+    if processes == 1:
+        yield map
+        return
+    # Forked children need not import torch again, of which they use nothing.
+    kind = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(kind)
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_alone) as pool:
+
+        def each(function: Any, items: Sequence[Any]) -> Iterable[Any]:
+            chunk = _FILES_PER_TASK if function is _digest else 1
+            return pool.map(function, items, chunksize=chunk)
+
+        yield each
+
+
+def _alone() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def prepare(
-    folder: Path, packages: Sequence[str], *, vocabulary: int, context: int, limits: Limits
+    folder: Path,
+    packages: Sequence[str],
+    *,
+    vocabulary: int,
+    context: int,
+    limits: Limits,
+    tokenizer: Path | None = None,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Write the tokenizer, `train.bin`, one `.bin` per unseen package, and `manifest.json`.
 
-    The `.bin` files are plain little-endian uint16 tokens, documents in a drawn order.
+    The `.bin` files are plain little-endian uint16 tokens, documents in a drawn order. The
+    tokenizer is trained on the text unless the folder of one is given.
+
+    Raises:
+        UserError: a package is missing, or both search packages are.
     """
-    documents, counts = training_documents(packages, limits)
-    tokenizer = train_tokenizer(documents, vocabulary=vocabulary, sample=60_000_000)
-    save_tokenizer(tokenizer, folder / "tokenizer", context)
-    encoded = encode(tokenizer, documents)
+    if not any(map(_sources, SEARCH_PACKAGES)):
+        raise UserError(f"install {' or '.join(SEARCH_PACKAGES)}: the run is measured on them")
+    home = folder / "tokenizer"
+    with workers(processes) as each:
+        files, counts = training_files(packages, limits, each)
+        if tokenizer is None:
+            texts = sample_texts(files, 60_000_000)
+            save_tokenizer(train_tokenizer(texts, vocabulary=vocabulary), home, context)
+        else:
+            copy_tokenizer(tokenizer, home, vocabulary=vocabulary)
+        encoded = _encode_all(each, home, [file.path for file in files])
+        unseen = [_write_unseen(folder, each, package) for package in UNSEEN_PACKAGES]
     by_name = {count.name: count for count in counts}
-    for document, tokens in zip(documents, encoded, strict=True):
-        by_name[document.group].tokens += len(tokens)
+    for file, tokens in zip(files, encoded, strict=True):
+        by_name[file.package].tokens += len(tokens)
     random.Random(0).shuffle(encoded)
     np.concatenate(encoded).tofile(folder / "train.bin")
-    unseen = [_write_unseen(folder, tokenizer, package) for package in UNSEEN_PACKAGES]
-    np.save(folder / "token_bytes.npy", token_bytes(tokenizer))
-    manifest = _manifest(counts, unseen, limits)
+    np.save(folder / "token_bytes.npy", token_bytes(_tokenizer(home)))
+    manifest = _manifest(counts, [count for count in unseen if count], limits)
     write_json(folder / "manifest.json", manifest)
     return manifest
 
 
-def _write_unseen(folder: Path, tokenizer: Tokenizer, package: str) -> PackageCount:
-    documents = list(python_package_documents([package]))
-    tokens = np.concatenate(encode(tokenizer, documents))
+def _write_unseen(folder: Path, each: Map, package: str) -> PackageCount | None:
+    files = [(name, path) for name, path in _sources(package) if read_source(path) is not None]
+    if not files:
+        return None
+    tokens = np.concatenate(_encode_all(each, folder / "tokenizer", [path for _, path in files]))
     tokens.tofile(folder / f"{package}.bin")
-    size = sum(len(document.text.encode()) for document in documents)
-    return PackageCount(package, package_version(package), len(documents), size, len(tokens))
+    size = sum(path.stat().st_size for _, path in files)
+    return PackageCount(package, package_version(package), len(files), size, len(tokens))
 
 
 def _manifest(
@@ -267,6 +357,4 @@ def _manifest(
     }
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON with a newline at the end."""
-    path.write_text(json.dumps(value, indent=1) + "\n")
+__all__ = ["Digest", "Filter", "Limits", "installed_packages", "prepare", "read_requirements"]

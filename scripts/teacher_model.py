@@ -1,24 +1,20 @@
-"""The demo teacher's shape, its fast training forward, and its checkpoint on disk.
+"""The demo teacher's shape and its fast training forward.
 
 The parameters are those of a stock `NemotronHForCausalLM`; only the forward pass used in training
-is written here, in plain PyTorch that `torch.compile` fuses well. Letters in the shapes:
-B batch, T time, D hidden, H Mamba heads, P head width, G groups, N state, C chunks, Q chunk length.
+is written here, layer by layer (teacher_forward.py runs it). Letters in the shapes: B batch,
+T time, D hidden, H Mamba heads, P head width, G groups, N state, C chunks, Q chunk length.
 """
 
 import math
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
-from teacher_corpus import END_OF_TEXT, PADDING, write_json
-from torch import Tensor, nn
+from teacher_forward import EPSILON, Route, rms_norm
+from torch import Tensor
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-EPSILON = 1e-5
 SMALLEST_STEP = 1e-6
 CHUNK = 64
 
@@ -53,6 +49,36 @@ class Shape:
     def inner(self) -> int:
         """Width of a Mamba layer inside."""
         return self.heads * self.head_dim
+
+    @property
+    def writers(self) -> int:
+        """Projections that write the residual stream: one per layer."""
+        return len(self.pattern)
+
+    def stock(self) -> Any:
+        """Stock model of this shape."""
+        return NemotronHForCausalLM(NemotronHConfig(**self.config()))
+
+    def route(self, model: Any) -> Route:
+        """Forward pass through a stock model of this shape."""
+        functions = {"M": mamba, "*": attention, "-": feed_forward}
+        layers = [
+            (functions[letter], layer.norm.weight, dict(layer.mixer.named_parameters()))
+            for letter, layer in zip(self.pattern, model.model.layers, strict=True)
+        ]
+        embeddings, norm = model.model.embeddings, model.model.norm_f.weight
+        return Route(embeddings, layers, norm, model.lm_head.weight)
+
+    def parts(self, name: str) -> tuple[int, ...] | None:
+        """Heights of gate, x, B, C and dt in Mamba's input projection."""
+        if "in_proj" not in name:
+            return None
+        states = self.groups * self.state
+        return (self.inner, self.inner, states, states, self.heads)
+
+    def disk_name(self, name: str) -> str:
+        """Name on disk of a parameter of the stock model."""
+        return name if name.startswith("lm_head") else "backbone." + name.removeprefix("model.")
 
     def config(self) -> dict[str, Any]:
         """config.json as every engine reads it: pattern letters, no expert keys."""
@@ -98,36 +124,6 @@ class Shape:
             "hidden_dropout": 0.0,
             "use_cache": True,
         }
-
-
-def build(shape: Shape, *, seed: int, device: torch.device) -> Any:
-    """Stock model in fp32 with this project's initialisation."""
-    torch.manual_seed(seed)
-    model = NemotronHForCausalLM(NemotronHConfig(**shape.config()))
-    for name, parameter in model.named_parameters():
-        _initialise(name, parameter, shape)
-    return model.to(device).eval()
-
-
-@torch.no_grad()
-def _initialise(name: str, parameter: Tensor, shape: Shape) -> None:
-    if name.endswith("A_log"):
-        parameter.copy_(torch.empty_like(parameter).uniform_(1, 16).log_())
-    elif name.endswith("dt_bias"):
-        step = torch.empty_like(parameter).uniform_(math.log(1e-3), math.log(1e-1)).exp_()
-        parameter.copy_(step + torch.log(-torch.expm1(-step)))  # inverse of softplus
-    elif "embeddings" in name:
-        parameter.normal_(std=0.1)
-    elif name.endswith(("out_proj.weight", "down_proj.weight", "o_proj.weight")):
-        parameter.normal_(std=0.5 / math.sqrt(parameter.shape[1] * len(shape.pattern)))
-    elif name.endswith(("proj.weight", "lm_head.weight")):
-        parameter.normal_(std=0.5 / math.sqrt(parameter.shape[1]))
-
-
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """Root-mean-square norm over the last axis, in fp32."""
-    x = x.float()
-    return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPSILON))
 
 
 def causal_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -234,74 +230,3 @@ def feed_forward(
     """One squared-ReLU FFN layer with its norm and residual."""
     x = F.linear(rms_norm(h, norm).to(kind), p["up_proj.weight"].to(kind))
     return h + F.linear(F.relu(x).square(), p["down_proj.weight"].to(kind))
-
-
-def token_losses(h: Tensor, norm: Tensor, head: Tensor, ids: Tensor, kind: torch.dtype) -> Tensor:
-    """Negative log-likelihood of each token after the first, in nats: (B, T - 1) fp32."""
-    logits = F.linear(rms_norm(h, norm).to(kind), head.to(kind))[:, :-1].float()
-    target = logits.gather(-1, ids[:, 1:, None]).squeeze(-1)
-    return torch.logsumexp(logits, dim=-1) - target
-
-
-class FastForward:
-    """Losses of a stock model through the functions above, compiled where there is a GPU."""
-
-    _LAYERS = {"M": mamba, "*": attention, "-": feed_forward}
-
-    def __init__(self, model: Any, shape: Shape, kind: torch.dtype, *, compiled: bool) -> None:
-        self.shape, self.kind = shape, kind
-        self.embeddings: nn.Embedding = model.model.embeddings
-        self.final, self.head = model.model.norm_f.weight, model.lm_head.weight
-        self.layers = [
-            (letter, layer.norm.weight, dict(layer.mixer.named_parameters()))
-            for letter, layer in zip(shape.pattern, model.model.layers, strict=True)
-        ]
-        wrap = torch.compile(dynamic=False, fullgraph=True) if compiled else _as_it_is
-        self.functions = {letter: wrap(function) for letter, function in self._LAYERS.items()}
-        self.losses = wrap(token_losses)
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        """Loss of each token after the first of ids (B, T), `T` a multiple of `CHUNK`."""
-        return self._run(ids, self.functions, self.losses)
-
-    def uncompiled(self, ids: Tensor) -> Tensor:
-        """Return the same for shapes met too seldom to be worth compiling."""
-        return self._run(ids, self._LAYERS, token_losses)
-
-    def _run(self, ids: Tensor, functions: Any, losses: Any) -> Tensor:
-        h: Tensor = self.embeddings(ids)
-        for letter, norm, parameters in self.layers:
-            h = functions[letter](h, norm, parameters, self.shape, self.kind)
-        nats: Tensor = losses(h, self.final, self.head, ids, self.kind)
-        return nats
-
-
-def _as_it_is(function: Any) -> Any:
-    return function
-
-
-def disk_name(name: str) -> str:
-    """Name on disk of a parameter of the stock model."""
-    return name if name.startswith("lm_head") else "backbone." + name.removeprefix("model.")
-
-
-def save_checkpoint(model: Any, shape: Shape, tokenizer: Path, folder: Path) -> None:
-    """Write a bf16 checkpoint with its tokenizer; the folder is there whole or not at all."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tensors = {
-        disk_name(name): value.detach().to("cpu", torch.bfloat16).contiguous()
-        for name, value in model.state_dict().items()
-    }
-    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    write_json(partial / "config.json", shape.config())
-    generation = {"eos_token_id": 0, "pad_token_id": 1, "max_new_tokens": 128}
-    write_json(partial / "generation_config.json", generation)
-    for file in tokenizer.iterdir():
-        shutil.copy(file, partial / file.name)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-
-
-__all__ = ["END_OF_TEXT", "PADDING", "FastForward", "Shape", "build", "save_checkpoint"]

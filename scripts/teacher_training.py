@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from teacher_model import FastForward, Shape, build
+from teacher_forward import AnyShape, FastForward, build
 from torch import Tensor, nn
 
 
@@ -94,7 +94,7 @@ def _orthogonal(matrices: Tensor) -> Tensor:
 class Optimizer:
     """AdamW for everything, or Muon for the matrices between embedding and head."""
 
-    def __init__(self, model: Any, shape: Shape, settings: Settings) -> None:
+    def __init__(self, model: Any, shape: AnyShape, settings: Settings) -> None:
         self.settings = settings
         named = dict(model.named_parameters())
         inner = {
@@ -102,11 +102,7 @@ class Optimizer:
             for name, parameter in named.items()
             if parameter.dim() == 2 and ".layers." in name and settings.optimizer == "muon"
         }
-        states = shape.groups * shape.state
-        parts = (shape.inner, shape.inner, states, states, shape.heads)
-        self.muon = Muon(
-            [(p, parts if "in_proj" in n else (p.shape[0],)) for n, p in inner.items()]
-        )
+        self.muon = Muon([(p, shape.parts(n) or (p.shape[0],)) for n, p in inner.items()])
         rest = [parameter for name, parameter in named.items() if name not in inner]
         weights = [parameter for parameter in rest if parameter.dim() >= 2]
         others = [parameter for parameter in rest if parameter.dim() < 2]
@@ -191,7 +187,7 @@ def read_count(tokens: int, settings: Settings) -> int:
 
 def train(
     data: Path,
-    shape: Shape,
+    shape: AnyShape,
     settings: Settings,
     log: Log,
     *,
@@ -251,6 +247,8 @@ def train(
     seconds = time.monotonic() - started
     tokens = step * settings.batch * settings.block
     log(finished=True, step=step, seconds=seconds, tokens=tokens, bits_per_byte=evaluate())
+    if device.type == "cuda":
+        log(peak_gib=torch.cuda.max_memory_allocated() / 2**30)
     keep(model)
     return forward
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -15,11 +16,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import teacher_corpus
+import teacher_forward
+import teacher_llama
 import teacher_model
+import teacher_tokenizer
 import teacher_training
 import train_demo_teacher
 
-from minipuzzle.data.packages import Document
+from minipuzzle.errors import UserError
+from minipuzzle.model import load
 
 SMALL = teacher_model.Shape(
     "M-M*",
@@ -33,11 +38,15 @@ SMALL = teacher_model.Shape(
     attention_dim=16,
     vocabulary=64,
 )
+SMALL_LLAMA = teacher_llama.LlamaShape(
+    blocks=2, hidden=64, ffn=96, query_heads=4, kv_heads=2, attention_dim=32, vocabulary=64
+)
+SHAPES = [SMALL, SMALL_LLAMA]
 TEACHER = Path(str(files("minipuzzle.demo"))) / "teacher"
 
 
-def small_model(seed: int = 0) -> torch.nn.Module:
-    model: torch.nn.Module = teacher_model.build(SMALL, seed=seed, device=torch.device("cpu"))
+def small_model(shape: teacher_forward.AnyShape = SMALL, seed: int = 0) -> torch.nn.Module:
+    model: torch.nn.Module = teacher_forward.build(shape, seed=seed, device=torch.device("cpu"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -45,10 +54,13 @@ def small_model(seed: int = 0) -> torch.nn.Module:
     return model
 
 
-def test_fast_forward_and_its_gradients_equal_the_stock_model() -> None:
-    model = small_model()
-    ids = torch.randint(SMALL.vocabulary, (2, 3 * teacher_model.CHUNK))
-    fast = teacher_model.FastForward(model, SMALL, torch.float32, compiled=False)(ids)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fast_forward_and_its_gradients_equal_the_stock_model(
+    shape: teacher_forward.AnyShape,
+) -> None:
+    model = small_model(shape)
+    ids = torch.randint(shape.vocabulary, (2, 3 * teacher_model.CHUNK))
+    fast = teacher_forward.FastForward(model, shape, torch.float32, compiled=False)(ids)
     torch.autograd.backward(fast.mean())
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
@@ -60,19 +72,40 @@ def test_fast_forward_and_its_gradients_equal_the_stock_model() -> None:
         torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-3)
 
 
-def test_checkpoint_loads_in_the_stock_class(tmp_path: Path) -> None:
-    model = small_model()
-    tokenizer = teacher_corpus.train_tokenizer(
-        [Document("a", "def f(x):\n    return x\n" * 9, "a")], vocabulary=300, sample=1000
+@pytest.mark.parametrize("shape", SHAPES)
+def test_checkpoint_loads_in_the_stock_class(
+    shape: teacher_forward.AnyShape, tmp_path: Path
+) -> None:
+    model = small_model(shape)
+    tokenizer = teacher_tokenizer.train_tokenizer(["def f(x):\n    return x\n" * 9], vocabulary=300)
+    teacher_tokenizer.save_tokenizer(tokenizer, tmp_path / "tokenizer", 128)
+    teacher_forward.save_checkpoint(
+        model, shape, tmp_path / "tokenizer", tmp_path / "out", max_shard_bytes=20_000
     )
-    teacher_corpus.save_tokenizer(tokenizer, tmp_path / "tokenizer", 128)
-    teacher_model.save_checkpoint(model, SMALL, tmp_path / "tokenizer", tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["hybrid_override_pattern"] == "M-M*"
+    if shape is SMALL:
+        assert config["hybrid_override_pattern"] == "M-M*"
     assert not {"layers_block_type", "num_experts_per_tok", "n_routed_experts"} & set(config)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     for name, value in model.state_dict().items():
         assert torch.equal(value.bfloat16().float(), loaded.state_dict()[name]), name
+    ids = torch.randint(shape.vocabulary, (1, teacher_model.CHUNK))
+    ours = load(tmp_path / "out").module(ids).logits
+    torch.testing.assert_close(ours, loaded(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("change", [{"ffn": 100}, {"query_heads": 6}, {"kv_heads": 3}])
+def test_llama_shapes_that_do_not_load_are_refused(change: dict[str, int]) -> None:
+    with pytest.raises(ValueError):
+        dataclasses.replace(SMALL_LLAMA, **change)
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [("large", 26e6, 28e6), ("llama", 8e6, 1e7)])
+def test_size_of_the_models_of_the_ablations(name: str, low: float, high: float) -> None:
+    with torch.device("meta"):
+        model = train_demo_teacher.SHAPES[name].stock()
+    assert low <= sum(p.numel() for p in model.parameters()) + 300 <= high
 
 
 @pytest.mark.parametrize("change", [{"hidden": 40}, {"heads": 12}, {"groups": 3}])
@@ -109,19 +142,19 @@ def test_batches_cover_the_text_once_per_pass() -> None:
 
 
 def test_files_of_unseen_packages_and_copies_are_left_out() -> None:
-    def document(name: str, seed: int) -> Document:
+    def text(seed: int) -> str:
         lines = (f"value_{seed}_{i} = compute_something({i}, {seed})" for i in range(20))
-        return Document(name, "\n".join(lines) + "\n", "p")
+        return "\n".join(lines) + "\n"
 
-    unseen = document("optuna/x.py", 0)
-    accept = teacher_corpus.Filter([unseen], teacher_corpus.Limits())
+    digest = teacher_corpus.digest_text
+    accept = teacher_corpus.Filter([digest("optuna/x.py", text(0))], teacher_corpus.Limits())
     reasons = [
-        accept.reason_against(document("p/a.py", 1)),
-        accept.reason_against(document("p/b.py", 1)),
-        accept.reason_against(Document("p/c.py", document("", 1).text + "x = 1\n", "p")),
-        accept.reason_against(Document("p/d.py", unseen.text + "x = 1\n", "p")),
-        accept.reason_against(document("p/vendor/networkx/e.py", 2)),
-        accept.reason_against(Document("p/f.py", "x = 0" * 1000, "p")),
+        accept.reason_against(digest("p/a.py", text(1))),
+        accept.reason_against(digest("p/b.py", text(1))),
+        accept.reason_against(digest("p/c.py", text(1) + "x = 1\n")),
+        accept.reason_against(digest("p/d.py", text(0) + "x = 1\n")),
+        accept.reason_against(digest("p/vendor/networkx/e.py", text(2))),
+        accept.reason_against(digest("p/f.py", "x = 0" * 1000)),
     ]
     assert reasons == [
         None,
@@ -174,3 +207,97 @@ def test_log_and_manifest_of_the_bundled_teacher_tell_of_the_default_run() -> No
     assert read["tokens"] == text["tokens_of_text"] == read["last_token"] + 1
     assert read["tokens"] == teacher_training.read_count(read["of_tokens"], settings)
     assert read["tokens_trained_on"] == end["tokens"]
+
+
+def prepare(folder: Path, *, processes: int) -> None:
+    """A few packages' text under the bundled tokenizer; of the unseen ones only optuna."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teacher_corpus, "UNSEEN_PACKAGES", ("optuna", "no-such-package"))
+        teacher_corpus.prepare(
+            folder,
+            ["click", "packaging"],
+            vocabulary=4096,
+            context=2048,
+            limits=teacher_corpus.Limits(package_bytes=300_000),
+            tokenizer=TEACHER,
+            processes=processes,
+        )
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("text")
+    prepare(folder, processes=1)
+    return folder
+
+
+def test_text_is_what_the_manifest_says(text: Path) -> None:
+    manifest = json.loads((text / "manifest.json").read_text())
+    tokens = np.fromfile(text / "train.bin", dtype="<u2")
+    assert len(tokens) == manifest["tokens"] and (tokens == 0).sum() == manifest["files"] > 20
+    sizes = np.load(text / "token_bytes.npy")
+    assert sizes[tokens].sum() == manifest["bytes"]
+    assert [count["name"] for count in manifest["unseen"]] == ["optuna"]
+    unseen = np.fromfile(text / "optuna.bin", dtype="<u2")
+    assert sizes[unseen].sum() == manifest["unseen"][0]["bytes"]
+
+
+def test_two_processes_prepare_the_text_of_one(text: Path, tmp_path: Path) -> None:
+    prepare(tmp_path, processes=2)
+    for name in ("train.bin", "optuna.bin", "manifest.json"):
+        assert (tmp_path / name).read_bytes() == (text / name).read_bytes(), name
+
+
+def test_installed_packages_are_all_but_the_unseen_ones() -> None:
+    names = set(teacher_corpus.installed_packages())
+    assert {"stdlib", "torch", "scikit-learn", "click"} <= names
+    assert names.isdisjoint({*teacher_corpus.UNSEEN_PACKAGES, "minipuzzle"})
+
+
+def test_text_needs_a_package_to_measure_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def nothing(package: str) -> list[tuple[str, Path]]:
+        return []
+
+    monkeypatch.setattr(teacher_corpus, "_sources", nothing)
+    with pytest.raises(UserError, match="optuna or mpmath"):
+        teacher_corpus.prepare(
+            tmp_path, ["click"], vocabulary=300, context=128, limits=teacher_corpus.Limits()
+        )
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny-llama"])
+def test_a_short_run_writes_a_folder_that_loads(
+    shape: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole script on a few packages: the loss falls, the folder is whole."""
+    data = tmp_path / "text"
+    shutil.copytree(text, data)
+    np.fromfile(data / "optuna.bin", dtype="<u2")[:2048].tofile(data / "optuna.bin")
+    words = f"--shape {shape} --out {tmp_path / 'out'} --data {data} --steps 30 --warmup 5"
+    monkeypatch.setattr("sys.argv", ["train", *words.split(), "--batch", "2", "--block", "128"])
+    train_demo_teacher.main()
+    lines = (tmp_path / "out" / "training_log.jsonl").read_text().splitlines()
+    log = [json.loads(line) for line in lines]
+    first = next(line["first_loss"] for line in log if "first_loss" in line)
+    end = next(line for line in log if "finished" in line)
+    assert end["step"] == 30 and set(end["bits_per_byte"]) == {"optuna"}
+    model = load(tmp_path / "out")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = torch.from_numpy(np.fromfile(data / "train.bin", "<u2")[:512].astype(np.int64))[None]
+    with torch.no_grad():
+        loss = float(stock(ids, labels=ids).loss)
+        torch.testing.assert_close(model.module(ids).logits, stock(ids).logits, atol=1e-3, rtol=0)
+    assert loss < first - 1
+    assert model.tokenizer.eos_token_id == 0
+
+
+def test_sizes_of_the_other_family_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"train --shape llama --state 32 --out {tmp_path / 'out'}"
+    monkeypatch.setattr("sys.argv", words.split())
+    with pytest.raises(SystemExit):
+        train_demo_teacher.main()
+    assert "--state is no size of --shape llama" in capsys.readouterr().err
