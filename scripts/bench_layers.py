@@ -21,11 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from figures import record
 from random_model import SHAPES, random_model
 from torch import nn
 
 from minipuzzle import gpuscan
 from minipuzzle.walk import Walk
+
+RECORDED = {"kernels": "kernels", "plain": "plain", "chunked": "chunked 128"}
 
 
 def milliseconds(call: Callable[[], Any], device: str, repeats: int = 7) -> float:
@@ -206,12 +209,13 @@ def measure(walk: Walk, rows: int, tokens: int, device: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def main() -> None:
-    """Measure and print; with --out also write JSON."""
+    """Measure and print; with --out also write all of it, with --results the first batch's speed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="56b")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--batches", default="2x2048,4x2048,1x4096", help="sequences x tokens")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--results", type=Path)
     args = parser.parse_args()
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     pattern = SHAPES[args.shape]["hybrid_override_pattern"]
@@ -233,6 +237,15 @@ def main() -> None:
             show(part, found[part])
         if args.out:
             args.out.write_text(json.dumps(report, indent=2) + "\n")
+    if args.results:
+        speed = next(iter(report.values()))["forward_tokens_per_second"]
+        prefix = f"forward_{args.shape}_tokens_per_second"
+        figures = {
+            f"{prefix}_{name}": (round(speed[key]), "tokens/s")
+            for name, key in RECORDED.items()
+            if key in speed
+        }
+        record("importance", figures, folder=args.results)
 
 
 def forward_ms(pattern: str, layers: dict[str, float], mixer: float) -> float:
