@@ -209,7 +209,7 @@ def measure(walk: Walk, rows: int, tokens: int, device: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def main() -> None:
-    """Measure and print; with --out also write all of it, with --results the first batch's speed."""
+    """Measure and print; --out takes all of it, --results the speed on the first batch."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="56b")
     parser.add_argument("--device", default="cuda")
