@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import sqrt
 from typing import Any
 
 import torch
@@ -33,10 +32,13 @@ def masked(model: Model, selection: Selection) -> Iterator[nn.Module]:
     - Hidden channels: zeroed where the stream enters a norm, each of which is rescaled likewise.
       Nothing but norms reads the stream, so what is written to a cut channel is never seen.
 
+    Numbers of units that no checkpoint can hold (unequal in the groups, different in layers of a
+    kind) can be shown too: rankings are judged that way.
+
     Raises:
         UserError: for a selection that does not fit the model.
     """
-    selection.apply(model.architecture)
+    selection.check_indices(model.architecture)
     handles: list[RemovableHandle] = []
     try:
         for spec in model.family.tensors(model.architecture):
@@ -70,16 +72,16 @@ def _mask_norm(
 
     The norm's mean is over all `width` units, that of the sliced norm over `kept` ones. With the
     input times c = sqrt(width / kept) both means are equal, the epsilon included; the output is
-    c times too large. A norm with groups has a mean for each; whole groups may be cut.
+    c times too large. A norm with groups has a mean and a c for each.
     """
     if mask is None:
         return []
-    shares = mask.reshape(groups, -1).mean(1)
-    c = 1 / sqrt(float(shares.max()))  # equal in all kept groups
+    share = mask.reshape(groups, -1).mean(1, keepdim=True).expand(-1, len(mask) // groups)
+    c = share.reshape(-1).clamp_min(1 / len(mask)).rsqrt()  # whole groups may be cut
     module = _module(model, spec)
     return [
         module.register_forward_pre_hook(_Scale(mask * c)),
-        module.register_forward_hook(_Scale(torch.tensor(1 / c))),
+        module.register_forward_hook(_Scale(1 / c)),
     ]
 
 
@@ -113,9 +115,8 @@ def _mask(model: Model, spec: TensorSpec, axes: LayerSelection) -> torch.Tensor 
     kept = dim_index(spec.layout.dims[-1], axis_sizes(model.architecture, layer), axes)
     if kept is None:
         return None
-    device = next(model.module.parameters()).device
-    mask = torch.zeros(spec.shape[-1], device=device)
-    mask[kept.to(device)] = 1.0
+    mask = torch.zeros(spec.shape[-1], device=model.device)
+    mask[kept.to(model.device)] = 1.0
     return mask
 
 

@@ -76,14 +76,7 @@ class Selection:
 
     def apply(self, architecture: Architecture) -> Architecture:
         """The pruned architecture; UserError where the cut breaks a constraint of the model."""
-        self._check_number(architecture)
-        if self.hidden is not None and self.hidden[-1] >= architecture.hidden:
-            raise UserError(
-                f"the model has {architecture.hidden} hidden channels, "
-                f"the selection asks for {self.hidden[-1]}; they are counted from 0"
-            )
-        if not self.kept:
-            raise UserError("the selection removes every layer; keep at least one")
+        self.check_indices(architecture)
         layers = tuple(
             narrow(layer, axes, where=f"layer {i}")
             for i, (layer, axes) in enumerate(zip(architecture.layers, self.layers, strict=True))
@@ -100,6 +93,19 @@ class Selection:
             for layer, axes in zip(architecture.layers, self.layers, strict=True)
         )
         return replace(self, layers=tuple(layers))
+
+    def check_indices(self, architecture: Architecture) -> None:
+        """UserError unless every index is of a unit that the model has, and a layer is left."""
+        self._check_number(architecture)
+        if self.hidden is not None and self.hidden[-1] >= architecture.hidden:
+            raise UserError(
+                f"the model has {architecture.hidden} hidden channels, "
+                f"the selection asks for {self.hidden[-1]}; they are counted from 0"
+            )
+        if not self.kept:
+            raise UserError("the selection removes every layer; keep at least one")
+        for i in self.kept:
+            _check_axes(architecture.layers[i], self.layers[i] or {}, where=f"layer {i}")
 
     def _check_number(self, architecture: Architecture) -> None:
         if len(self.layers) != len(architecture.layers):
@@ -202,6 +208,15 @@ def with_units_of_groups(layer: Layer, axes: LayerSelection) -> LayerSelection:
 
 def narrow(layer: Layer, axes: LayerSelection, *, where: str) -> Layer:
     """The layer with only the kept indices of each axis; UserError where they do not fit it."""
+    _check_axes(layer, axes, where=where)
+    if layer.grouping is not None:
+        _check_grouping(layer, axes, *layer.grouping, where=where)
+    sizes = vars(layer) | {axis: len(kept) for axis, kept in axes.items()}
+    return LAYER_CLASSES[layer.kind](**sizes)
+
+
+def _check_axes(layer: Layer, axes: LayerSelection, *, where: str) -> None:
+    """UserError unless the layer has these axes and enough units on them."""
     for axis, kept in axes.items():
         if axis not in CUT_AXES[layer.kind]:
             known = ", ".join(f"`{name}`" for name in CUT_AXES[layer.kind])
@@ -215,10 +230,6 @@ def narrow(layer: Layer, axes: LayerSelection, *, where: str) -> Layer:
                 f"{where}: `{axis}` has {size} units, "
                 f"the selection asks for {kept[-1]}; they are counted from 0"
             )
-    if layer.grouping is not None:
-        _check_grouping(layer, axes, *layer.grouping, where=where)
-    sizes = vars(layer) | {axis: len(kept) for axis, kept in axes.items()}
-    return LAYER_CLASSES[layer.kind](**sizes)
 
 
 def _check_grouping(layer: Layer, axes: LayerSelection, axis: str, by: str, *, where: str) -> None:
