@@ -58,7 +58,8 @@ class Stream:
     def advance(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace every chunk by what the function makes of it (same shape)."""
         if not self.waiting:
-            self._chunks = [function(chunk) for chunk in self._chunks]
+            for k, chunk in enumerate(self._chunks):  # old and new states never all at once
+                self._chunks[k] = function(chunk)
             return
         back = _side_stream(self.device)
         for k, chunk in enumerate(self):
