@@ -8,7 +8,7 @@ from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.data.blocks import recipe_blocks
 from minipuzzle.files import atomic_write_json
 from minipuzzle.jsonfile import read_json
-from minipuzzle.model import load
+from minipuzzle.model import load_tokenizer
 from minipuzzle.recipe import Recipe
 from minipuzzle.runfolder import RunFolder
 from minipuzzle.selection import Selection
@@ -32,9 +32,8 @@ def run(recipe: Recipe, folder: RunFolder) -> None:
     def body(work: Path) -> None:
         selection = Selection.from_json(inputs["selection"])
         slice_checkpoint(teacher, work, selection)
-        model = load(teacher)
-        ids = recipe_blocks(recipe, "calibration", model.tokenizer, VERIFIED_BLOCKS)
-        atomic_write_json(work / "verified.json", verify_cut(model, work, selection, ids))
+        ids = recipe_blocks(recipe, "calibration", load_tokenizer(teacher), VERIFIED_BLOCKS)
+        atomic_write_json(work / "verified.json", verify_cut(teacher, work, selection, ids))
         atomic_write_json(work / "selection.json", selection.to_json())
 
     folder.run_stage("prune", "pruned", inputs, body)

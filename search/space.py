@@ -82,7 +82,8 @@ class Space:
     def selection(self, point: Point, scores: Scores) -> Selection:
         """The point as a cut: the best layers and channels by score."""
         sizes = {"width": point.width}
-        return select(scores, self.architecture, removed=point.removed, sizes=sizes)
+        units = self.family.removable(self.architecture)
+        return select(scores, self.architecture, removed=point.removed, sizes=sizes, units=units)
 
 
 def make_space(

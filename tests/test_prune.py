@@ -10,10 +10,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from minipuzzle import model
-from minipuzzle.errors import UserError
 from minipuzzle.masks import masked
 from minipuzzle.prune import repair, score, surgeon, verify
-from minipuzzle.prune.select import select, top_units
+from minipuzzle.prune.select import select
 from minipuzzle.prune.slice import slice_checkpoint
 from minipuzzle.scores import Scores
 from minipuzzle.selection import Selection
@@ -32,27 +31,6 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> model.Model:
 @pytest.fixture(scope="module")
 def scores(teacher: model.Model) -> Scores:
     return score.score(teacher, IDS, {"seed": 0})
-
-
-def test_top_units_keep_equal_numbers_per_group() -> None:
-    values = torch.tensor([9.0, 8.0, 7.0, 6.0, 1.0, 2.0, 3.0, 4.0])
-    assert top_units(values, 4, groups=2) == (0, 1, 6, 7)
-    assert top_units(values, 4) == (0, 1, 2, 3)
-    assert top_units(torch.zeros(4), 2) == (0, 1)
-
-
-def test_select_names_the_nearest_allowed_value(teacher: model.Model, scores: Scores) -> None:
-    chosen = select(
-        scores, teacher.architecture, removed={"ffn": 1}, sizes={"width": 16, "heads": 4}
-    )
-    cut = chosen.apply(teacher.architecture)
-    assert cut.counts() == {"mamba": 3, "attention": 1, "ffn": 2}
-    gone = [i for i, axes in enumerate(chosen.layers) if axes is None]
-    assert gone == [min((1, 4, 6), key=lambda i: scores.layers["hidden_mse"][i])]
-    with pytest.raises(UserError, match="multiple of 2 .* nearest is 4"):
-        select(scores, teacher.architecture, removed={}, sizes={"heads": 5})
-    with pytest.raises(UserError, match="ask for at most 0"):
-        select(scores, teacher.architecture, removed={"attention": 1}, sizes={})
 
 
 @settings(
