@@ -146,8 +146,10 @@ class Selection:
         }
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> Selection:
-        """Read what `to_json` wrote."""
+    def from_json(cls, record: Any) -> Selection:
+        """Read what `to_json` wrote; UserError for anything else."""
+        if not isinstance(record, Mapping):
+            raise UserError("there is no selection here; is it a selection.json or best.json?")
         if record.get("schema_version") != SCHEMA_VERSION:
             raise UserError(
                 f"this selection has schema version {record.get('schema_version')!r}; "

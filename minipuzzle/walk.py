@@ -118,6 +118,7 @@ class Walk:
 
     def states(self, ids: torch.Tensor, selection: Selection | None = None) -> torch.Tensor:
         """The whole walk of ids (B, T) under a selection: the state just before the head."""
+        assert selection is None or selection.hidden is None, "the stream stays whole in a walk"
         hidden = self.embed(ids)
         for i in range(self.num_layers):
             axes = {} if selection is None else selection.layers[i]

@@ -8,7 +8,7 @@ from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.data.blocks import recipe_blocks
 from minipuzzle.files import atomic_write_json
 from minipuzzle.jsonfile import read_json
-from minipuzzle.model import load_tokenizer
+from minipuzzle.model import load_tokenizer, read_architecture
 from minipuzzle.recipe import Recipe
 from minipuzzle.runfolder import RunFolder
 from minipuzzle.selection import Selection
@@ -23,14 +23,15 @@ VERIFIED_BLOCKS = 2
 def run(recipe: Recipe, folder: RunFolder) -> None:
     """See `minipuzzle.prune.run`."""
     teacher = resolve(recipe.model, recipe.revision)
-    best = folder.artefact("search") / "best.json"
+    best = read_json(folder.artefact("search") / "best.json")
+    selection = Selection.from_json(best.get("selection"))
+    selection.apply(read_architecture(teacher)[2])
     inputs = {
         "teacher": Checkpoint.open(teacher).fingerprint(),
-        "selection": read_json(best)["selection"],
+        "selection": selection.to_json(),
     }
 
     def body(work: Path) -> None:
-        selection = Selection.from_json(inputs["selection"])
         slice_checkpoint(teacher, work, selection)
         ids = recipe_blocks(recipe, "calibration", load_tokenizer(teacher), VERIFIED_BLOCKS)
         atomic_write_json(work / "verified.json", verify_cut(teacher, work, selection, ids))

@@ -11,6 +11,7 @@ from minipuzzle.errors import UserError
 from minipuzzle.families.table import Family
 from minipuzzle.memory import Deployment, memory
 from minipuzzle.plan import with_width, without
+from minipuzzle.prune.constraints import SERVING
 from minipuzzle.prune.select import select
 from minipuzzle.recipe import SearchConfig
 from minipuzzle.scores import Scores
@@ -139,10 +140,12 @@ def _limits(architecture: Architecture, family: Family, config: SearchConfig) ->
 
 
 def _widths(architecture: Architecture, config: SearchConfig) -> tuple[int, ...]:
-    """Multiples of the step from the narrowest allowed width up to the teacher's own."""
+    """Multiples of the step from the narrowest width up to the teacher's own that can be served."""
     widest = max((x.width for x in architecture.layers if isinstance(x, FFNLayer)), default=0)
     if not widest:
         return (0,)
     step = config.width_step
     first = max(step, -(-int(config.min_width * widest) // step) * step)
-    return tuple(sorted({*range(first, widest, step), widest}))
+    return tuple(
+        sorted({*range(first, widest, step), widest} & {*SERVING.allowed("width", widest)})
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,15 +15,18 @@ from hypothesis import strategies as st
 
 from minipuzzle import families
 from minipuzzle.architecture import Architecture, AttentionLayer, FFNLayer, Kind, MambaLayer
+from minipuzzle.cli import main
 from minipuzzle.errors import UserError
+from minipuzzle.files import atomic_write_json
 from minipuzzle.prune.constraints import SERVING, SLICEABLE, Constraints
 from minipuzzle.prune.depth import least_important, removed_layers
 from minipuzzle.prune.select import UNIT_METRICS, select, top_units
 from minipuzzle.prune.widths import share_widths
+from minipuzzle.runfolder import RunFolder
 from minipuzzle.scores import Removal, Scores
 from minipuzzle.selection import CUT_AXES
 from tests.test_core import P8, PUBLISHED
-from tests.tiny import CONFIGS
+from tests.tiny import CONFIGS, write_tiny
 
 LAYERS = (
     MambaLayer(heads=32, head_dim=16, groups=4, state=8, conv=4),
@@ -325,3 +329,48 @@ def test_constraints_of_layers_can_be_raised() -> None:
     assert removed_layers(SCORES, {"ffn": 1}, constraints=two) == {5}
     with pytest.raises(UserError, match="2 must stay; ask for at most 1"):
         removed_layers(SCORES, {"ffn": 2}, constraints=two)
+
+
+RECIPE = """
+model: teacher
+budget: 90%
+data:
+  calibration: {source: a.txt, block: 16}
+  distillation: {source: a.txt, block: 16}
+  search: {source: a.txt, block: 16}
+  report: {source: a.txt, block: 16}
+"""
+BAD_CUTS: list[tuple[dict[str, Any], str]] = [
+    ({}, "there is no selection here"),
+    ({"selection": {"schema_version": 1, "layers": [{}, {}]}}, "is for 2 layers"),
+    (
+        {"selection": {"schema_version": 1, "layers": [{"heads": [0]}, *[{}] * 6]}},
+        "same number of `heads`",
+    ),
+    (
+        {"selection": {"schema_version": 1, "layers": [{}] * 7, "hidden": [32]}},
+        "has 32 hidden channels",
+    ),
+]
+
+
+@pytest.mark.parametrize(("best", "message"), BAD_CUTS)
+def test_the_stage_refuses_what_does_not_fit_in_one_line(
+    best: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_tiny(tmp_path / "teacher")
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    run = tmp_path / "run"
+    RunFolder(run).run_stage(
+        "search", "search", {}, lambda work: atomic_write_json(work / "best.json", best)
+    )
+    capsys.readouterr()
+    assert main(["prune", "r.yaml", "--run", "run"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert message in said and "Traceback" not in said
+    assert not list(run.glob("pruned*"))
