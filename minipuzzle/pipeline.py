@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from minipuzzle import progress
 from minipuzzle.files import atomic_write_json, atomic_write_text, read_json, require_disk
+from minipuzzle.processes import started_as_follower
 from minipuzzle.recipe_io import portable_model
 from minipuzzle.runfolder import RunFolder
 from minipuzzle.units import parse_budget
@@ -49,6 +50,7 @@ STAGES = (
     Stage("export", "export", "minipuzzle.export"),
     Stage("report", "report", "minipuzzle.report"),
 )
+SHARED = ("score",)  # stages in which several processes share the work
 
 
 def run(recipe: Recipe, folder: RunFolder) -> None:
@@ -59,6 +61,10 @@ def run(recipe: Recipe, folder: RunFolder) -> None:
     """
     from minipuzzle import results
 
+    if started_as_follower():
+        for stage in STAGES:
+            run_stage(stage.name, recipe, folder)
+        return
     name = Path(portable_model(recipe.model)).name
     progress.say(f"{name} -> {folder.path}, budget {recipe.budget}")
     with folder.locked():
@@ -75,6 +81,10 @@ def run_stage(name: str, recipe: Recipe, folder: RunFolder) -> None:
     Notes the recipe in the run folder, and the summary once the models are evaluated.
     """
     (stage,) = (stage for stage in STAGES if stage.name == name)
+    if started_as_follower():  # the first process holds the lock and writes
+        if name in SHARED:
+            importlib.import_module(stage.module).run(recipe, folder)
+        return
     with folder.locked():
         _write_recipe(recipe, folder.path)
         importlib.import_module(stage.module).run(recipe, folder)

@@ -7,33 +7,44 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
+
+FIRST = 0
+
+
+def started_as_follower() -> bool:
+    """Whether a launcher started this process beside the one that writes and speaks."""
+    return int(os.environ.get("RANK", FIRST)) != FIRST
 
 
 @dataclass(frozen=True)
 class Processes:
     """This process's place among those that share the job."""
 
-    rank: int = 0
+    rank: int = FIRST
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: str = "cpu"
 
     @classmethod
     def current(cls) -> Processes:
         """Join the processes that the launcher started; alone where it started none."""
+        import torch
+
+        on_gpu = torch.cuda.is_available()
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return cls(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+            return cls(device="cuda" if on_gpu else "cpu")
         from accelerate import PartialState
 
-        state: Any = PartialState(cpu=not torch.cuda.is_available())
-        return cls(state.process_index, state.num_processes, state.device)
+        state: Any = PartialState(cpu=not on_gpu)
+        return cls(state.process_index, state.num_processes, str(state.device))
 
     @property
     def first(self) -> bool:
         """Whether this is the process that writes and speaks."""
-        return self.rank == 0
+        return self.rank == FIRST
 
     def share(self, ids: torch.Tensor) -> torch.Tensor:
         """This process's sequences of ids (B, T)."""
@@ -50,6 +61,8 @@ class Processes:
 
     def agree(self, yes: bool) -> bool:
         """What the first process says."""
+        import torch
+
         flag = torch.tensor([float(yes and self.first)], dtype=torch.float64, device=self.device)
         self.sum(flag)
         return bool(flag.item())

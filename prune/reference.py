@@ -26,17 +26,15 @@ def layer_scores_reference(
     sums = {metric: torch.zeros(len(units), dtype=torch.float64) for metric in metrics}
     power = 0.0
     for part in chunks(ids, walk.tokens_per_chunk):
-        inputs, full = _states(walk, part, ())
+        if "cosine" in sums:
+            sums["cosine"] += _block_influence(walk, part, units)
+        if sums.keys() == {"cosine"}:
+            continue
+        full = _state(walk, part, ())
         full_logits = walk.logits(full) if {"logit_mse", "kl"} & sums.keys() else full[..., :0]
         power += float(full_logits.double().square().sum())
         for u, layers in enumerate(units):
-            if "cosine" in sums:
-                before, after = inputs[layers[0]], inputs[layers[-1] + 1]
-                cosine = F.cosine_similarity(before.double(), after.double(), dim=-1)
-                sums["cosine"][u] += float((1 - cosine).sum())
-            if sums.keys() == {"cosine"}:
-                continue
-            state = _states(walk, part, layers)[1]
+            state = _state(walk, part, layers)
             if "hidden_mse" in sums:
                 sums["hidden_mse"][u] += float((state.double() - full.double()).square().sum())
             if "logit_mse" in sums:
@@ -51,11 +49,21 @@ def layer_scores_reference(
     return {metric: values / whole.get(metric, tokens) for metric, values in sums.items()}
 
 
-def _states(
-    walk: Walk, ids: torch.Tensor, without: Collection[int]
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """What enters every layer and leaves the last one, and the state before the head."""
-    entered = [walk.embed(ids)]
+def _state(walk: Walk, ids: torch.Tensor, without: Collection[int]) -> torch.Tensor:
+    """The state before the head of the model without these layers."""
+    hidden = walk.embed(ids)
     for i in range(walk.num_layers):
-        entered.append(entered[-1] if i in without else walk.layer(i, entered[-1]))
-    return entered, walk.final(entered[-1])
+        if i not in without:
+            hidden = walk.layer(i, hidden)
+    return walk.final(hidden)
+
+
+def _block_influence(
+    walk: Walk, ids: torch.Tensor, units: tuple[tuple[int, ...], ...]
+) -> torch.Tensor:
+    """1 - cos(what enters a unit, what leaves it), summed over the tokens: (U,)."""
+    stream = [walk.embed(ids)]
+    for i in range(walk.num_layers):
+        stream.append(walk.layer(i, stream[-1]))
+    ends = ((stream[layers[0]].double(), stream[layers[-1] + 1].double()) for layers in units)
+    return torch.stack([(1 - F.cosine_similarity(a, b, dim=-1)).sum().cpu() for a, b in ends])

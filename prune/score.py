@@ -73,9 +73,9 @@ def _score_recipe(
     recipe: Recipe, teacher: Path, inputs: dict[str, Any], processes: Processes
 ) -> Scores:
     settings = recipe.score
-    model = open_model(
-        teacher, processes.device, residency=settings.residency, quiet=not processes.first
-    )
+    device = torch.device(processes.device)
+    quiet = not processes.first
+    model = open_model(teacher, device, residency=settings.residency, quiet=quiet)
     blocks = max(settings.blocks, settings.unit_blocks)
     ids = recipe_blocks(recipe, "calibration", model.tokenizer, blocks)
     return score(
