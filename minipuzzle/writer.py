@@ -44,6 +44,8 @@ class CheckpointWriter:
         tensors: every tensor that will be written, in the order that decides the shards.
         carry_from: folder whose tokenizer, generation config and chat template travel along.
         max_shard_bytes: a new shard is begun when the next tensor would not fit.
+        sync: have everything written through to the disk before the folder appears, so that it
+            is whole after a power cut too; for folders that live shortly it only costs time.
 
     Raises:
         UserError: when the disk has too little room (before anything is written) or another
@@ -58,7 +60,9 @@ class CheckpointWriter:
         *,
         carry_from: Path | None = None,
         max_shard_bytes: int = MAX_SHARD_BYTES,
+        sync: bool = True,
     ) -> None:
+        self._sync = sync
         self._folder, self._config, self._carry_from = folder, config, carry_from
         self._shards = split(tensors, max_shard_bytes)
         self._total = sum(tensor.nbytes for shard in self._shards for tensor in shard)
@@ -122,9 +126,9 @@ class CheckpointWriter:
         missing = self._plans.keys() - self._written
         assert not missing, f"planned and not written: {sorted(missing)}"
         for path, header in self._headers.items():
-            os.fsync(self._files[path])
+            if self._sync:
+                os.fsync(self._files[path])
             _write_at(self._files[path], memoryview(header), 0)
-            os.fsync(self._files[path])
         if len(self._shards) > 1:
             weight_map = {
                 tensor.name: self._entries[tensor.name].shard.name
@@ -136,7 +140,12 @@ class CheckpointWriter:
         if self._carry_from is not None:
             carry_files(self._carry_from, self._temporary)
         _write_json(self._temporary / "config.json", self._config)
+        if self._sync:
+            _sync_files(self._temporary)
         _publish(self._temporary, self._folder)
+        if self._sync:
+            sync_folder(self._folder)
+            sync_folder(self._folder.parent)
 
 
 def write_checkpoint(
@@ -147,6 +156,7 @@ def write_checkpoint(
     plans: Iterable[TensorPlan] | None = None,
     carry_from: Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    sync: bool = True,
 ) -> None:
     """Write a model folder from whole tensors (name on disk, tensor), consumed once.
 
@@ -157,7 +167,7 @@ def write_checkpoint(
         tensors = list(tensors)
         plans = [TensorPlan(name, tuple(each.shape), each.dtype) for name, each in tensors]
     writer = CheckpointWriter(
-        folder, config, plans, carry_from=carry_from, max_shard_bytes=max_shard_bytes
+        folder, config, plans, carry_from=carry_from, max_shard_bytes=max_shard_bytes, sync=sync
     )
     with writer:
         for name, tensor in tensors:
@@ -224,23 +234,24 @@ def _lock(handle: int, folder: Path) -> None:
 
 def _publish(temporary: Path, folder: Path) -> None:
     """Move finished files into place: a rename of the folder, or of each file, config.json last."""
-    sync_folder(temporary)
     if not folder.exists():
         temporary.rename(folder)
-    else:
-        for stale in [folder / "config.json", folder / INDEX, *folder.glob("*.safetensors")]:
-            stale.unlink(missing_ok=True)
-        for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
-            path.replace(folder / path.name)
-        sync_folder(folder)
-    sync_folder(folder.parent)
+        return
+    for stale in [folder / "config.json", folder / INDEX, *folder.glob("*.safetensors")]:
+        stale.unlink(missing_ok=True)
+    for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
+        path.replace(folder / path.name)
+
+
+def _sync_files(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 CARRIED = (

@@ -27,10 +27,12 @@ def slice_checkpoint(
     *,
     block_bytes: int = BLOCK_BYTES,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    sync: bool = True,
 ) -> None:
     """Write the pruned checkpoint of `source` to `target`, in the dtypes of the source.
 
-    Memory does not depend on the model: a few blocks. Raises UserError for a source that is not
+    Memory does not depend on the model: a few blocks. The keywords after `block_bytes` are those
+    of `CheckpointWriter`. Raises UserError for a source that is not
     whole, a selection that does not fit the model, and too little disk; nothing is written then.
     """
     config, family, architecture, checkpoint = open_checked(source)
@@ -41,7 +43,7 @@ def slice_checkpoint(
         origin[new.name] = old.name, index
     pruned = family.write_config(config, selection.apply(architecture))
     writer = CheckpointWriter(
-        target, pruned, plans, carry_from=source, max_shard_bytes=max_shard_bytes
+        target, pruned, plans, carry_from=source, max_shard_bytes=max_shard_bytes, sync=sync
     )
 
     def cut(name: str) -> None:
