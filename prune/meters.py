@@ -83,10 +83,10 @@ class Meter:
         self.count += own.shape[0] * own.shape[1]
         if len(self.published):
             means = _norm(own, 1, 1) / own.shape[1]
-            self.published += means.square().sum(0)
+            self.published += means.double().square().sum(0)
         if len(self.sums):
-            self.sums += own.sum((0, 1), dtype=torch.float64)
-            self.squares += _norm(own, 2, (0, 1)).square()
+            self.sums += own.sum((0, 1), dtype=torch.float32)
+            self.squares += _norm(own, 2, (0, 1)).double().square()
         if len(self.moments):
             flat = own.flatten(0, 1).float()
             self.moments.addmm_(flat.T, flat)
@@ -116,8 +116,8 @@ class Meter:
 
 
 def _norm(activations: torch.Tensor, order: int, dims: int | tuple[int, ...]) -> torch.Tensor:
-    """Vector norm over some dimensions, accumulated in fp64, without a copy of the activations."""
-    norm: torch.Tensor = torch.linalg.vector_norm(activations, order, dims, dtype=torch.float64)
+    """Vector norm over some dimensions in fp32, the one kind that copies no bf16 activations."""
+    norm: torch.Tensor = torch.linalg.vector_norm(activations, order, dims, dtype=torch.float32)
     return norm
 
 

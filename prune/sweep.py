@@ -139,7 +139,7 @@ def _add_cosine(sums: LayerSums, unit: int, before: Stream, after: Stream) -> No
     if "cosine" in sums.metrics:
         for a, b in zip(before, after, strict=True):
             cosines = F.cosine_similarity(a.float(), b.float(), dim=-1)
-            sums.add(unit, "cosine", cosines.sum(dtype=torch.float64))
+            sums.add(unit, "cosine", cosines.sum())
 
 
 def _compare(
@@ -179,7 +179,7 @@ class Reference:
         self.state = walk.final(hidden)
         if sums.metrics & OF_LOGITS:
             self.logits = walk.logits(self.state)
-            sums.shared[1] += self.logits.square().sum(dtype=torch.float64)
+            sums.shared[1] += self.logits.square().sum()
         if "kl" in sums.metrics:
             self.log_p = F.log_softmax(self.logits, dim=-1)
             self.p = self.log_p.exp()
@@ -189,16 +189,16 @@ class Reference:
         metrics = self.sums.metrics
         if "hidden_mse" in metrics:
             lacks = state.float() - self.state.float()
-            self.sums.add(unit, "hidden_mse", lacks.square_().sum(dtype=torch.float64))
+            self.sums.add(unit, "hidden_mse", lacks.square_().sum())
         if not metrics & OF_LOGITS:
             return
         logits = self.walk.logits(state)
         if "logit_mse" in metrics:
-            error = (logits - self.logits).square_().sum(dtype=torch.float64)
+            error = (logits - self.logits).square_().sum()
             self.sums.add(unit, "logit_mse", error)
         if "kl" in metrics:
             log_q = F.log_softmax(logits, dim=-1)
-            kl = log_q.neg_().add_(self.log_p).mul_(self.p).sum(dtype=torch.float64)
+            kl = log_q.neg_().add_(self.log_p).mul_(self.p).sum()
             self.sums.add(unit, "kl", kl)
 
 

@@ -34,17 +34,29 @@ def scores(teacher: model.Model) -> Scores:
     return score.score(teacher, IDS, {"seed": 0}, metrics=LAYER_METRICS)
 
 
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> model.Model:
+    return model.load(write_tiny(tmp_path_factory.mktemp("models") / "llama", family="llama"))
+
+
 @pytest.mark.parametrize("states_bytes", [None, 1, 3 * ONE_SEQUENCE])
-def test_one_sweep_is_the_plain_reference(teacher: model.Model, states_bytes: int | None) -> None:
-    """All metrics, in one group of sequences and in several."""
-    plain = reference.layer_scores_reference(teacher, IDS)
+@pytest.mark.parametrize("family", ["teacher", "llama"])
+def test_one_sweep_is_the_plain_reference(
+    family: str, states_bytes: int | None, request: pytest.FixtureRequest
+) -> None:
+    """All metrics, in one group of sequences and in several, by layers and by blocks."""
+    parent: model.Model = request.getfixturevalue(family)
+    units = parent.family.removable(parent.architecture)
+    plain = reference.layer_scores_reference(parent, IDS)
     swept = score.score(
-        teacher, IDS, {}, metrics=LAYER_METRICS, unit_metrics=(), states_bytes=states_bytes
+        parent, IDS, {}, metrics=LAYER_METRICS, unit_metrics=(), states_bytes=states_bytes
     )
     assert set(plain) == set(swept.layers) == set(LAYER_METRICS)
     for metric, values in plain.items():
-        torch.testing.assert_close(swept.layers[metric], values, rtol=1e-4, atol=1e-7)
-        assert len(set(values.tolist())) == 7
+        for u, layers in enumerate(units):
+            own = swept.layers[metric][list(layers)]
+            torch.testing.assert_close(own, values[u].expand(len(layers)), rtol=1e-4, atol=1e-7)
+        assert len(set(values.tolist())) == len(units)
 
 
 def test_metrics_are_the_formulas_on_stock_logits(teacher: model.Model, scores: Scores) -> None:
@@ -181,6 +193,30 @@ def test_energy_and_flap_are_of_what_the_writer_reads(
         for metric, values in {"energy": energy, "flap": flap}.items():
             expected = values.reshape(shape[0], -1).sum(1).sqrt()
             torch.testing.assert_close(scores.units[i, axis, metric], expected, rtol=1e-4, atol=0)
+
+
+def test_units_of_a_llama_are_found_by_its_table(llama: model.Model) -> None:
+    found = score.score(llama, IDS, {}, metrics=())
+    axes = {0: {"query_heads": 4, "kv_heads": 2}, 1: {"width": 48}}
+    for i in range(6):
+        assert {a for j, a, _ in found.units if j == i} == axes[i % 2].keys()
+    for (i, axis, _), values in found.units.items():
+        assert len(values) == axes[i % 2][axis] and bool((values >= 0).all())
+    stock: Any = llama.module
+    module = stock.model.layers[1].mlp.down_proj
+    read, column = inputs_of(module, llama).flatten(0, 1), module.weight.detach().square().sum(0)
+    energy = (read.square().mean(0) * column).sqrt()
+    torch.testing.assert_close(found.units[3, "width", "energy"].float(), energy, rtol=1e-4, atol=0)
+    assert found.hidden["energy"].shape == (32,)
+
+
+def test_iterative_removal_takes_whole_blocks(llama: model.Model) -> None:
+    two = Iteration("kl", lambda gone: len(gone) >= 4)
+    found = score.score(llama, IDS, {}, unit_metrics=(), iterative=two)
+    assert len(found.removals) == 2
+    assert all(b == a + 1 and a % 2 == 0 for a, b in found.removal_order)
+    first = found.removals[0]
+    assert first.scores == tuple(found.layers["kl"].tolist())
 
 
 def test_energy_of_hidden_channels_counts_all_that_reads_them(
