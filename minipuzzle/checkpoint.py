@@ -111,6 +111,18 @@ class Checkpoint:
         finally:
             os.close(file)
 
+    def will_need(self, name: str, offset: int, count: int) -> None:
+        """Have the system fetch a tensor's bytes from `offset` on while others are worked on."""
+        entry = self._entries[name]
+        count = min(count, entry.stop - entry.start - offset)
+        if count <= 0 or not hasattr(os, "posix_fadvise"):
+            return
+        file = os.open(entry.shard, os.O_RDONLY)
+        try:
+            os.posix_fadvise(file, entry.start + offset, count, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(file)
+
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """UserError unless the folder holds exactly these tensors."""
         missing = sorted(shapes.keys() - self._entries.keys())

@@ -24,6 +24,7 @@ from minipuzzle.selection import Selection
 Index = torch.Tensor | None
 """Kept positions of one dimension (int64), None for all of them."""
 BLOCK_BYTES = 2 * 2**20  # stays in the processor's cache between reading, gathering and writing
+AHEAD_BLOCKS = 8  # fetched from disk before they are asked for
 MAX_RUN = 256
 
 
@@ -91,7 +92,9 @@ def sliced_blocks(
     kept = np.arange(rows) if not index or index[0] is None else index[0].numpy()
     assert (np.diff(kept) > 0).all(), f"rows of {name} do not ascend"
     columns = [_Columns.of(dim, each, shape[dim]) for dim, each in enumerate(index[1:], 1)]
+    checkpoint.will_need(name, 0, AHEAD_BLOCKS * step * row_bytes)
     for start in range(0, rows, step):
+        checkpoint.will_need(name, (start + AHEAD_BLOCKS * step) * row_bytes, step * row_bytes)
         first, last = np.searchsorted(kept, [start, start + step])
         if first == last:
             continue

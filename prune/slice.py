@@ -15,7 +15,7 @@ from minipuzzle.shards import TensorPlan
 from minipuzzle.slicing import BLOCK_BYTES, Index, plan_tensors, sliced_blocks, take
 from minipuzzle.writer import MAX_SHARD_BYTES, CheckpointWriter, tensor_bytes
 
-THREADS = 2  # one reads and gathers while the other writes
+THREADS = 4  # of two cores: mostly they wait for the disk
 COMPARED_BLOCKS = 8  # of each tensor, evenly spaced, first and last among them
 COMPARED_BYTES = 256 * 2**10
 
