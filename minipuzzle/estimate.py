@@ -158,11 +158,19 @@ def _tokens(source: SourceConfig, blocks: int) -> int:
 
 
 def _score(work: Work) -> Need:
-    """All layers in one sweep cost half a forward pass per layer (docs/design.md, walk)."""
-    tokens = _tokens(work.recipe.data.calibration, work.recipe.score.blocks)
-    layers = len(work.architecture.layers)
-    seconds = (layers / 2 + 1) * work.forward_seconds(work.teacher, tokens)
-    states = (layers / 2 + 1) * tokens * work.architecture.hidden * COMPUTE_BYTES
+    """All layers in one sweep cost half a forward pass per layer (docs/design.md, walk).
+
+    Iterative removal sweeps again for every layer it takes; until a budget is met, for about as
+    many as that share of the layers.
+    """
+    settings, layers = work.recipe.score, len(work.architecture.layers)
+    tokens = _tokens(work.recipe.data.calibration, settings.blocks)
+    of_units = _tokens(work.recipe.data.calibration, max(settings.blocks, settings.unit_blocks))
+    share = 1 - work.student / work.teacher
+    again = round(share * layers) if settings.iterative == "budget" else settings.iterative
+    passes = (1 + again) * layers / 2
+    seconds = work.forward_seconds(work.teacher, passes * tokens + of_units)
+    states = ((layers + 1) * tokens + of_units) * work.architecture.hidden * COMPUTE_BYTES
     return Need("score", 2**20, work.teacher * COMPUTE_BYTES + states, seconds)
 
 
