@@ -224,11 +224,17 @@ class SearchConfig(Section):
 
 
 class RepairConfig(Section):
-    """Re-fitting of the projections that write the stream, in closed form."""
+    """Re-fitting of the projections that read and write the stream, in closed form."""
 
     blocks: int = Field(default=96, ge=1, description="sequences of calibration text")
     ridge: float = Field(
         default=1e-3, gt=0, description="pull towards the old weights, relative to the mean power"
+    )
+    reader_ridge: float = Field(
+        default=1e-3, ge=0, description="the same for readers of the stream and head; 0: they stay"
+    )
+    steps: int = Field(
+        default=0, ge=0, description="on the linearisation of narrowed layers, before the writer"
     )
 
 

@@ -1,20 +1,24 @@
-"""Repair without training: the projections that write the stream, re-fitted in closed form.
+"""Repair without training: what is left of every layer, re-fitted in closed form.
 
-Teacher and student walk over the same tokens in lock-step. After each layer the student's writing
-projection W is solved anew so that its stream meets the teacher's (ridge regression towards the
-old weights):
+Teacher and student walk over the same tokens in lock-step. At each layer of the student, from the
+first that differs from the teacher's on, three least-squares problems are solved, each seeing the
+stream that the earlier repairs have left:
 
-    min over W of  sum over tokens |t - (s + W a)|^2  +  r |W - W0|^2
+1. the projections that read the stream, so that from the student's stream they say what the
+   teacher's say from its own (refit.refit_readers);
+2. where asked for, the inside of narrowed layers, by steps on its linearisation (linearise.py);
+3. the projection that writes the stream, so that the student's stream meets the teacher's
+   (refit.refit_writer): the idea of GRAIL and of ReplaceMe (arXiv 2505.02819), applied to every
+   writer in turn. Removed layers are made up for by all that come after them.
 
-with t the teacher's stream after the layer, s the student's before it and a what W reads. It is
-the idea of GRAIL and of ReplaceMe (arXiv 2505.02819), applied to every writer in turn, each seeing
-the stream that the earlier repairs have left. Removed layers are made up for by the next writers.
+At the end the head is re-fitted like any other reader, unless it is tied to the embedding. A norm
+over channels that a cut took away needs no step of its own: one factor per channel is what the
+writer's columns absorb.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,8 +34,14 @@ from minipuzzle.model import Model, load, save, stored_dtype
 from minipuzzle.recipe import Recipe
 from minipuzzle.runfolder import RunFolder
 from minipuzzle.selection import Selection
+from minipuzzle.slicing import take, tensor_index
 from minipuzzle.source import resolve
-from minipuzzle.walk import Walk, chunks
+from minipuzzle.streams import Stream
+from minipuzzle.walk import Walk
+
+from .linearise import LayerProblem, improve_readers
+from .moments import Moments
+from .refit import Refit, matrices, refit_readers, refit_writer
 
 
 def run(recipe: Recipe, folder: RunFolder) -> None:
@@ -51,7 +61,8 @@ def run(recipe: Recipe, folder: RunFolder) -> None:
         ahead, student = load(teacher), load(pruned)
         ids = recipe_blocks(recipe, "calibration", ahead.tokenizer, recipe.repair.blocks)
         dtype = stored_dtype(Checkpoint.open(pruned))
-        refits = repair(ahead, student, selection, ids, ridge=recipe.repair.ridge, dtype=dtype)
+        settings = recipe.repair.model_dump(exclude={"blocks"})
+        refits = repair(ahead, student, selection, ids, **settings, dtype=dtype)
         save(student, work, dtype=dtype)
         atomic_write_json(work / "selection.json", selection.to_json())
         atomic_write_json(work / "repair.json", {"refits": [asdict(refit) for refit in refits]})
@@ -60,12 +71,13 @@ def run(recipe: Recipe, folder: RunFolder) -> None:
 
 
 @dataclass(frozen=True)
-class Refit:
-    """One repaired layer: relative squared distance to the teacher's stream before and after."""
+class Settings:
+    """How to repair; see `repair`."""
 
-    layer: int
-    before: float
-    after: float
+    ridge: float
+    reader_ridge: float
+    steps: int
+    dtype: torch.dtype
 
 
 @torch.no_grad()
@@ -75,117 +87,140 @@ def repair(
     selection: Selection,
     ids: torch.Tensor,
     *,
-    ridge: float,
+    ridge: float = 1e-3,
+    reader_ridge: float = 1e-3,
+    steps: int = 0,
     dtype: torch.dtype = torch.bfloat16,
     label: str = "repair",
 ) -> list[Refit]:
-    """Re-fit the student's writing projections in place.
+    """Re-fit the student's projections in place.
 
     Args:
-        teacher: the uncut model.
+        teacher: the uncut model; it may be streamed.
         student: the model that `selection` leaves of it; its parameters are changed.
         selection: the cut.
         ids: calibration tokens (B, T).
-        ridge: r relative to the mean diagonal of the second moments of a.
+        ridge: of writers, relative to the mean power of what they read.
+        reader_ridge: of the readers of the stream and the head; 0 leaves them as they are.
+        steps: on the linearisation of narrowed layers, before their writer.
         dtype: what the student will be stored in; every solution is rounded to it before the
             later layers are fitted, so that they make up for the rounding too.
         label: of the progress bar.
 
     Returns:
         One record per re-fitted layer.
+
+    Raises:
+        UserError: when activations are not finite.
     """
-    ahead, behind = Walk(teacher), Walk(student)
-    positions = {position: j for j, position in enumerate(selection.kept)}
-    target = [ahead.embed(ids_) for ids_ in chunks(ids)]
-    stream = target
-    refits: list[Refit] = []
+    settings = Settings(ridge=ridge, reader_ridge=reader_ridge, steps=steps, dtype=dtype)
+    lockstep = Lockstep(teacher, student, selection, ids, settings)
     with progress.bar(label, len(selection.layers), "layers") as bar:
-        for i, axes in enumerate(selection.layers):
-            target = [ahead.layer(i, hidden) for hidden in target]
-            if axes == {} and not refits and stream_is_whole(selection, i):
-                stream = target
-            elif axes is not None:
-                stream, refit = refit_layer(behind, positions[i], stream, target, ridge, dtype)
-                refits.append(refit)
+        for _ in lockstep.layers():
             bar.advance()
-    return refits
+    lockstep.finish()
+    return lockstep.refits
 
 
-def stream_is_whole(selection: Selection, i: int) -> bool:
-    """Whether the student equals the teacher up to and including layer i."""
-    return all(axes == {} for axes in selection.layers[: i + 1])
+class Lockstep:
+    """Teacher and student on their way through the same tokens."""
 
+    def __init__(
+        self,
+        teacher: Model,
+        student: Model,
+        selection: Selection,
+        ids: torch.Tensor,
+        settings: Settings,
+    ) -> None:
+        self.teacher, self.student, self.selection = teacher, student, selection
+        self.settings = settings
+        self.ahead, self.behind = Walk(teacher), Walk(student)
+        self.target, self.stream = self.ahead.stream(ids), self.behind.stream(ids)
+        self.positions = {position: j for j, position in enumerate(selection.kept)}
+        self.refits: list[Refit] = []
+        self.same = selection.hidden is None  # whether the student's stream is the teacher's
+        self.kept = None
+        if selection.hidden is not None:
+            self.kept = torch.tensor(selection.hidden, device=self.behind.device)
+        self.sources = {
+            (spec.layer, spec.layout.name): spec
+            for spec in teacher.family.tensors(teacher.architecture)
+        }
 
-def refit_layer(
-    walk: Walk,
-    j: int,
-    stream: list[torch.Tensor],
-    target: list[torch.Tensor],
-    ridge: float,
-    dtype: torch.dtype,
-) -> tuple[list[torch.Tensor], Refit]:
-    """Solve the writer of student layer j and return the stream after it."""
-    model = walk.model
-    layer = model.architecture.layers[j]
-    prefix = model.family.prefix(j)
-    weight = model.parameter(prefix + model.family.writer(layer.kind).name)
-    writer = model.module.get_submodule(
-        model.family.memory_name(prefix + model.family.writer(layer.kind).name).removesuffix(
-            ".weight"
-        )
-    )
-    moments = Moments(weight)
-    inputs: list[torch.Tensor] = []
-    outputs: list[torch.Tensor] = []
-    before = 0.0
-    for hidden, wanted in zip(stream, target, strict=True):
-        with capturing(writer) as seen:
-            output = walk.layer(j, hidden)
-        read = torch.cat(seen).flatten(0, 1)
-        residual = (wanted - output).flatten(0, 1)
-        moments.add(read, residual)
-        before += float(residual.double().square().sum())
-        inputs.append(read)
-        outputs.append(output)
-    change = (moments.solve(ridge) + weight.double()).to(dtype).to(weight.dtype) - weight
-    weight.add_(change)
-    after = 0.0
-    repaired = []
-    for read, output, wanted in zip(inputs, outputs, target, strict=True):
-        output = output + (read @ change.T).view_as(output)
-        after += float((wanted - output).double().square().sum())
-        repaired.append(output)
-    power = sum(float(wanted.double().square().sum()) for wanted in target)
-    return repaired, Refit(layer=j, before=before / power, after=after / power)
+    def layers(self) -> Iterator[int]:
+        """Take both through all layers, repairing; yields each position when it is done."""
+        for i in self.ahead.layers():
+            axes = self.selection.layers[i]
+            if axes is None:
+                self.same = False
+                self._advance_target(i)
+            elif self.same and not axes:
+                self._advance_target(i)
+                self.stream = self.target.copy()
+            else:
+                self._repair_layer(i, self.positions[i], narrowed=bool(axes))
+                self.same = False
+            yield i
 
+    def _repair_layer(self, i: int, j: int, *, narrowed: bool) -> None:
+        norm, steps = self.behind.sublayer(j).norm, self.settings.steps if narrowed else 0
+        ridge, dtype = self.settings.ridge, self.settings.dtype
+        seen = None
+        if not self.same and self.settings.reader_ridge:
+            seen = self._seen(self.ahead.sublayer(i).norm, norm)
+            self._refit_readers(seen, i, j, "reads", where=f"layer {j}")
+        self._advance_target(i)
+        aim = self._aim()
+        if steps:
+            gram = seen.gram if seen else self._gram(norm)
+            problem = LayerProblem(self.behind, j, self.stream, aim, gram)
+            improve_readers(problem, steps=steps, ridge=ridge, dtype=dtype)
+        refit = refit_writer(self.behind, j, self.stream, aim, ridge, dtype)
+        self.refits.append(refit)
 
-class Moments:
-    """Second moments of what a projection reads and of what its output lacks, in fp64."""
+    def _advance_target(self, i: int) -> None:
+        self.target.advance(lambda hidden: self.ahead.layer(i, hidden))
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        outputs, units = weight.shape
-        self.gram = torch.zeros(units, units, dtype=torch.float64, device=weight.device)
-        self.cross = torch.zeros(units, outputs, dtype=torch.float64, device=weight.device)
+    def finish(self) -> None:
+        """Re-fit the head, where it is a matrix of its own, to the stream that has come out."""
+        if self.same or not self.settings.reader_ridge:
+            return
+        if self.teacher.store is not None:
+            self.teacher.store.need_head()
+        seen = self._seen(self.teacher.part("norm"), self.student.part("norm"))
+        self._refit_readers(seen, None, None, "head", where="the head")
 
-    def add(self, read: torch.Tensor, residual: torch.Tensor) -> None:
-        """Take what is read (N, units) and what the output lacks (N, outputs)."""
-        self.gram += (read.T @ read).double()
-        self.cross += (read.T @ residual).double()
+    def _seen(self, theirs: nn.Module, ours: nn.Module) -> Moments:
+        """Moments of the student's normalised stream, with the teacher's wanted of it."""
+        full, own = self.teacher.architecture.hidden, self.student.architecture.hidden
+        seen = Moments(own, full, self.behind.device)
+        for aim, hidden in zip(self.target, self.stream, strict=True):
+            seen.add(ours(hidden).flatten(0, 1), theirs(aim).flatten(0, 1))
+        return seen
 
-    def solve(self, ridge: float) -> torch.Tensor:
-        """The change of the weight, (outputs, units), that the ridge regression asks for."""
-        damping = ridge * self.gram.diagonal().mean()
-        damped = self.gram + damping * torch.eye(len(self.gram), dtype=torch.float64).to(self.gram)
-        factor = torch.linalg.cholesky(damped)
-        return torch.cholesky_solve(self.cross, factor).T
+    def _gram(self, norm: nn.Module) -> torch.Tensor:
+        """Second moments of the student's normalised stream, (D, D)."""
+        seen = Moments(self.student.architecture.hidden, 0, self.behind.device)
+        for hidden in self.stream:
+            read = norm(hidden).flatten(0, 1)
+            seen.add(read, read[:, :0])
+        return seen.gram
 
+    def _refit_readers(
+        self, seen: Moments, i: int | None, j: int | None, role: str, *, where: str
+    ) -> None:
+        pairs = []
+        for spec in matrices(self.student, j, role):
+            source = self.sources[i, spec.layout.name]
+            rows = tensor_index(source, self.teacher.architecture, self.selection)[0]
+            theirs = take(self.teacher.parameter(source.name), (rows, None))
+            pairs.append((self.student.parameter(spec.name), theirs))
+        refit_readers(seen, pairs, self.settings.reader_ridge, self.settings.dtype, where=where)
 
-@contextmanager
-def capturing(module: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collect the inputs of a module while the block runs."""
-    seen: list[torch.Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try:
-        yield seen
-    finally:
-        handle.remove()
+    def _aim(self) -> Stream:
+        """What the student's stream should be: the teacher's, or the part of it that is kept."""
+        if self.kept is None:
+            return self.target
+        kept = [hidden[..., self.kept] for hidden in self.target]
+        return Stream(kept, self.behind.device, waiting=self.target.waiting)
