@@ -1,8 +1,9 @@
-"""The Mamba-2 mixer on a GPU without `mamba_ssm`: block decomposition in plain PyTorch, no kernels.
+"""Inference on a GPU: the Mamba-2 mixer and the norms with fewer passes over memory.
 
-For inference (no gradients, no cache). The stock code without `mamba_ssm` repeats B and C for every
-head in fp32 and multiplies with `einsum`; here C B^T is formed once per group, products are batched
-matrix products in the model's own type that accumulate in fp32, and decays and states are fp32.
+Without gradients and caches. The scan is `mamba_ssm`'s where that is installed. Where it is not,
+stock code repeats B and C for every head in fp32 and multiplies with `einsum`; here C B^T is formed
+once per group, products are batched matrix products in the model's own type that accumulate in
+fp32, and decays are fp32. Everything else is stock arithmetic in fewer steps.
 
 Letters: B batch, T tokens, H heads, P head dim, N state size, G groups, R = H // G, Q tokens in a
 chunk, K = B x chunks, J taps of the convolution.
@@ -12,6 +13,7 @@ Source: Dao & Gu, "Transformers are SSMs", arXiv 2405.21060, section 6.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import types
 from collections.abc import Callable
@@ -43,60 +45,50 @@ def scan(
     k, r = batch * (padded // chunk), h // g
     steps = dt.view(k, chunk, h)
     cum = (steps * a).cumsum(1)  # K Q H, not positive
-    inputs = x.reshape(k, chunk, h, p)
-    maps_in = b.reshape(k, chunk, g, n).transpose(1, 2)  # K G Q N
-    maps_out = c.reshape(k, chunk, g, n).transpose(1, 2)
+    x = x.reshape(k, chunk, h, p)
+    v = x * steps.to(x.dtype)[..., None]
+    b, c = (t.reshape(k, chunk, g, n).transpose(1, 2).flatten(0, 1) for t in (b, c))  # KG Q N
 
-    push = (steps * (cum[:, -1:] - cum).exp()).to(x.dtype)[..., None]
-    pushed = (inputs * push).view(k, chunk, g, r * p).transpose(1, 2)  # K G Q RP
-    states = _product(maps_in.transpose(2, 3), pushed).view(batch, -1, g, n, r, p)
-    entered = _pass_on(states, cum[:, -1].view(batch, -1, g, r)).view(k, g, n, r * p)
-    carried = torch.matmul(maps_out, entered.to(x.dtype)).view(k, g, chunk, r, p)
+    leave = (cum[:, -1:] - cum).exp().to(x.dtype)[..., None]
+    pushed = (v * leave).view(k, chunk, g, r * p).transpose(1, 2).flatten(0, 1)  # KG Q RP
+    states = torch.bmm(pushed.transpose(1, 2), b).view(batch, -1, h, p * n)
+    entered = _pass_on(states, cum[:, -1].view(batch, -1, h)).view(k * g, r * p, n)
+    carried = torch.bmm(c, entered.transpose(1, 2)).view(k, g, chunk, r, p)
 
-    within = _within(maps_in, maps_out, cum, steps, x.dtype)  # K H Q Q
-    y = torch.matmul(within, inputs.transpose(1, 2)).view(k, g, r, chunk, p).permute(0, 3, 1, 2, 4)
+    within = _within(torch.bmm(c, b.transpose(1, 2)), cum)  # KH Q Q
+    y = torch.bmm(within, v.transpose(1, 2).flatten(0, 1)).view(k, g, r, chunk, p)
 
-    out = x.new_empty(k, chunk, g, r, p)
+    out = torch.empty_like(v).view(k, chunk, g, r, p)
     entry = cum.exp().to(x.dtype).view(k, chunk, g, r, 1)
-    torch.addcmul(y, carried.transpose(1, 2), entry, out=out)
-    out = out.view(k, chunk, h, p).addcmul_(inputs, d.to(x.dtype)[:, None])
+    torch.addcmul(y.permute(0, 3, 1, 2, 4), carried.transpose(1, 2), entry, out=out)
+    out = out.view(k, chunk, h, p).addcmul_(x, d.to(x.dtype)[:, None])
     return out.view(batch, padded, h, p)[:, :tokens]
 
 
-def _within(b: Tensor, c: Tensor, cum: Tensor, steps: Tensor, dtype: torch.dtype) -> Tensor:
-    """What token l takes of token s in its own chunk: C_l B_s exp(cum_l - cum_s) dt_s.
+def _within(scores: Tensor, cum: Tensor) -> Tensor:
+    """What token l takes of dt x at token s in its own chunk: C_l B_s exp(cum_l - cum_s).
 
-    b, c (K, G, Q, N); cum, steps (K, Q, H). Returns (K, H, l, s).
+    scores (K G, l, s): C_l B_s; cum (K, Q, H). Returns (K H, l, s) in the type of the scores.
     """
-    k, g, q, _ = b.shape
-    scores = torch.matmul(c, b.transpose(2, 3)).tril_()  # K G l s
-    cum, steps = cum.transpose(1, 2), steps.transpose(1, 2)  # K H Q
-    # above the diagonal, where the score is zero, the exponent is positive and could overflow
-    decay = (cum[..., :, None] - cum[..., None, :]).clamp_(max=0.0).exp_()
-    decay = decay.mul_(steps[..., None, :]).to(dtype).view(k, g, -1, q, q)
-    return decay.mul_(scores[:, :, None]).view(k, -1, q, q)
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Batched matrix product with an fp32 result; the factors may be of a shorter type."""
-    left, right = left.flatten(0, 1), right.flatten(0, 1)
-    if left.dtype == torch.float32 or not left.is_cuda:
-        return torch.bmm(left.float(), right.float())
-    return torch.bmm(left, right, out_dtype=torch.float32)
+    k, q, h = cum.shape
+    cum = cum.transpose(1, 2)  # K H Q
+    decay = (cum[..., :, None] - cum[..., None, :]).exp_().view(k, -1, h * k // len(scores), q, q)
+    result = scores.new_empty(decay.shape)
+    torch.mul(decay, scores.view(k, -1, 1, q, q), out=result)
+    # above the diagonal the exponent is positive and may have overflowed: whatever is there goes
+    return result.view(k * h, q, q).tril_()
 
 
 def _pass_on(states: Tensor, total: Tensor) -> Tensor:
-    """State at the entry of every chunk from what each adds: (B, chunks, G, N, R, P), in place.
+    """State at the entry of every chunk from what each chunk adds to it: (B, chunks, H, P N).
 
-    total (B, chunks, G, R): logarithm of the decay over a chunk.
+    total (B, chunks, H): logarithm of the decay over a chunk.
     """
-    decay = total.exp()[:, :, :, None, :, None]
-    running = torch.zeros_like(states[:, 0])
-    for i in range(states.shape[1]):
-        following = torch.addcmul(states[:, i], running, decay[:, i])
-        states[:, i] = running
-        running = following
-    return states
+    reach = total.cumsum(1).transpose(1, 2)  # B H chunks
+    before = reach - total.transpose(1, 2)
+    decay = (before[..., :, None] - reach[..., None, :]).exp_().tril_(-1).to(states.dtype)
+    entered = [torch.bmm(d, s.transpose(0, 1)) for d, s in zip(decay, states, strict=True)]
+    return torch.stack(entered).transpose(1, 2).contiguous()
 
 
 def convolve(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
@@ -110,11 +102,9 @@ def convolve(x: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
 
 def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, width: int) -> Tensor:
     """RMS norm over groups of `width` channels of x silu(gate), times weight; (..., D)."""
-    gated = F.silu(gate.float()).mul_(x)
+    gated = F.silu(gate).mul_(x)
     grouped = gated.view(*gated.shape[:-1], -1, width)
-    scale = torch.linalg.vector_norm(grouped, dim=-1, keepdim=True)
-    scale = scale.square_().div_(width).add_(eps).rsqrt_()
-    return grouped.mul_(scale).view(gated.shape).to(x.dtype).mul_(weight)
+    return F.rms_norm(grouped, (width,), None, eps).view(gated.shape).mul_(weight)
 
 
 def _mixer_forward(
@@ -134,7 +124,8 @@ def _mixer_forward(
     mixed = convolve(mixed, self.conv1d.weight[:, 0], self.conv1d.bias)
     x, b, c = mixed.tensor_split((inner, inner + maps), -1)
     shape = mixed.shape[:2]
-    y = scan(
+    run = (kernel_scan() if x.is_cuda else None) or scan
+    y = run(
         x.view(*shape, self.num_heads, self.head_dim),
         F.softplus(dt.float() + self.dt_bias.float()).clamp(*self.time_step_limit),
         -torch.exp(self.A_log.float()),
@@ -146,30 +137,47 @@ def _mixer_forward(
 
 
 def _gated_norm_forward(self: Any, hidden_states: Tensor, gate: Tensor | None = None) -> Any:
-    if gate is None or torch.is_grad_enabled():
+    if gate is None or not _is_plain(self, hidden_states, gate):
         return type(self).forward(self, hidden_states, gate)
     return gated_norm(hidden_states, gate, self.weight, self.variance_epsilon, self.group_size)
 
 
+def _norm_forward(self: Any, hidden_states: Tensor) -> Any:
+    if not _is_plain(self, hidden_states):
+        return type(self).forward(self, hidden_states)
+    return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+def _is_plain(norm: Any, *tensors: Tensor) -> bool:
+    """Whether no gradient is wanted and all are of one type."""
+    return not torch.is_grad_enabled() and all(t.dtype == norm.weight.dtype for t in tensors)
+
+
 FORWARD: dict[str, Callable[..., Any]] = {
     "NemotronHMamba2Mixer": _mixer_forward,
+    "NemotronHRMSNorm": _norm_forward,
     "NemotronHRMSNormGated": _gated_norm_forward,
 }
 
 
-def has_kernels() -> bool:
-    """Whether `mamba_ssm` imports; transformers then uses its kernels, else plain PyTorch."""
+@functools.cache
+def kernel_scan() -> Callable[..., Tensor] | None:
+    """`mamba_ssm`'s Triton scan with the arguments of `scan`; None where it does not import."""
     try:
-        importlib.import_module("mamba_ssm")
+        module = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
     except Exception:  # a build for another torch fails in ways of its own
-        return False
-    return True
+        return None
+    combined = module.mamba_chunk_scan_combined
+
+    def run(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        y: Tensor = combined(x, dt, a, b, c, CHUNK, D=d)
+        return y
+
+    return run
 
 
 def install(model: nn.Module) -> int:
-    """Give the instances in `model` this forward, unless there are kernels; how many changed."""
-    if has_kernels():
-        return 0
+    """Give the instances in `model` (not their classes) this forward; the Mamba layers changed."""
     changed = 0
     for module in model.modules():
         forward = FORWARD.get(type(module).__name__)

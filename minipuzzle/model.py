@@ -130,11 +130,16 @@ def load(folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu
 
 
 def prepare(module: nn.Module, device: str | torch.device) -> None:
-    """Install the fast scan where stock code would be slow."""
-    if torch.device(device).type == "cpu":
+    """Install our own forward of the modules whose stock one is slow on this kind of device."""
+    kind = torch.device(device).type
+    if kind == "cpu":
         from minipuzzle import fastscan
 
         fastscan.install(module)
+    elif kind == "cuda":
+        from minipuzzle import gpuscan
+
+        gpuscan.install(module)
 
 
 def clone(model: Model) -> Model:

@@ -4,18 +4,17 @@
 
 Prints milliseconds a layer, the tokens/s of a whole forward pass that follow from them, and the
 error of each implementation against the plain one in fp32. "kernels" is stock transformers with
-`mamba_ssm`, "plain" stock transformers without it, "chunked" minipuzzle's own (gpuscan.py).
+`mamba_ssm`, "plain" stock transformers without it, "own" minipuzzle's (gpuscan.py), whose norms
+count in its rows only.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import json
 import statistics
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,13 @@ from torch import nn
 from minipuzzle import gpuscan
 from minipuzzle.walk import Walk
 
-RECORDED = {"kernels": "kernels", "plain": "plain", "chunked": "chunked 128"}
+RECORDED = {
+    "stock_kernels": "kernels",
+    "stock_plain": "plain",
+    "kernels": "own, kernel scan",
+    "plain": "own, chunks of 128",
+}
+STOCK = "_stock_scan_of_the_benchmark"
 
 
 def milliseconds(call: Callable[[], Any], device: str, repeats: int = 7) -> float:
@@ -50,10 +55,15 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def mixers(modeling: Any, mixer: nn.Module) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+def mixers(mixer: nn.Module) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     """The mixer's forward by implementation; each sets the module up for itself."""
-    stock_scan = modeling.mamba2_chunk_scan
+    import transformers.models.nemotron_h.modeling_nemotron_h as modeling
+
+    if STOCK not in vars(modeling):  # transformers' choice, before anything is changed
+        setattr(modeling, STOCK, modeling.mamba2_chunk_scan)
+    stock_scan = getattr(modeling, STOCK)
     plain_scan = getattr(stock_scan, "__wrapped__", stock_scan)
+    kernel = gpuscan.kernel_scan()
 
     def stock(scan: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         def call(hidden: torch.Tensor) -> torch.Tensor:
@@ -65,47 +75,25 @@ def mixers(modeling: Any, mixer: nn.Module) -> dict[str, Callable[[torch.Tensor]
 
         return call
 
-    def chunked(chunk: int, scan: Any = gpuscan.scan) -> Callable[[torch.Tensor], torch.Tensor]:
+    def own(chunk: int, scan: Any = None) -> Callable[[torch.Tensor], torch.Tensor]:
         def call(hidden: torch.Tensor) -> torch.Tensor:
-            for module in mixer.modules():
-                forward = gpuscan.FORWARD.get(type(module).__name__)
-                if forward is not None:
-                    module.forward = types.MethodType(forward, module)
-            gpuscan.CHUNK, keep = chunk, gpuscan.CHUNK
-            gpuscan.scan, keep_scan = scan, gpuscan.scan
+            gpuscan.install(mixer)
+            ours: Any = gpuscan
+            keep = ours.CHUNK, ours.kernel_scan
+            ours.CHUNK, ours.kernel_scan = chunk, lambda: scan
             try:
                 result: torch.Tensor = mixer(hidden)
             finally:
-                gpuscan.CHUNK, gpuscan.scan = keep, keep_scan
+                ours.CHUNK, ours.kernel_scan = keep
             return result
 
         return call
 
-    found = {
-        "plain": stock(plain_scan),
-        "chunked 64": chunked(64),
-        "chunked 128": chunked(128),
-        "chunked 256": chunked(256),
-    }
-    kernel = kernel_scan()
+    found = {"plain": stock(plain_scan)}
+    found |= {f"own, chunks of {chunk}": own(chunk) for chunk in (64, 128, 256)}
     if kernel is not None:
-        found = {"kernels": stock(stock_scan), "own, kernel scan": chunked(128, kernel)} | found
+        found = {"kernels": stock(stock_scan), "own, kernel scan": own(128, kernel)} | found
     return found
-
-
-def kernel_scan() -> Callable[..., torch.Tensor] | None:
-    """`mamba_ssm`'s scan with the arguments of gpuscan's, or None where it is missing."""
-    try:
-        module = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
-    except ImportError:
-        return None
-    combined = module.mamba_chunk_scan_combined
-
-    def scan(x: Any, dt: Any, a: Any, b: Any, c: Any, d: Any) -> torch.Tensor:
-        y: torch.Tensor = combined(x, dt, a, b, c, 128, D=d)
-        return y
-
-    return scan
 
 
 def compare(
@@ -176,7 +164,7 @@ def pieces(mixer: Any, hidden: torch.Tensor, device: str) -> dict[str, float]:
         ),
         "scan, own": lambda: gpuscan.scan(*scan_args),
     }
-    kernel = kernel_scan()
+    kernel = gpuscan.kernel_scan()
     if kernel is not None:
         calls["scan, kernel"] = lambda: kernel(*scan_args)
     return {name: milliseconds(call, device) for name, call in calls.items()}
@@ -184,13 +172,11 @@ def pieces(mixer: Any, hidden: torch.Tensor, device: str) -> dict[str, float]:
 
 def measure(walk: Walk, rows: int, tokens: int, device: str) -> dict[str, Any]:
     """Everything about layers 0 (Mamba), 1 (attention) and 2 (FFN) on `rows` sequences."""
-    import transformers.models.nemotron_h.modeling_nemotron_h as modeling
-
     first = walk.sublayer(0)
     dtype = next(first.norm.parameters()).dtype
     torch.manual_seed(0)
     hidden = torch.randn(rows, tokens, walk.model.architecture.hidden, device=device, dtype=dtype)
-    calls = mixers(modeling, first.mixer)
+    calls = mixers(first.mixer)
     exact = calls["plain"](hidden[:1]) if dtype == torch.float32 else None
     if exact is None:
         first.mixer.float()
@@ -199,12 +185,22 @@ def measure(walk: Walk, rows: int, tokens: int, device: str) -> dict[str, Any]:
     peak_gib(device)
     found = compare(calls, hidden, exact, device)
     parts = pieces(first.mixer, hidden, device)
-    layers = {
+    blocks = nn.ModuleList(walk.model.layer(i) for i in range(3))
+    for module in blocks.modules():
+        vars(module).pop("forward", None)
+    layers = {"stock": sublayers(walk, hidden, device)}
+    gpuscan.install(blocks)
+    layers["own"] = sublayers(walk, hidden, device)
+    return {"mixers": found, "pieces_ms": parts, "layers_ms": layers}
+
+
+def sublayers(walk: Walk, hidden: torch.Tensor, device: str) -> dict[str, float]:
+    """Milliseconds of an attention and an FFN layer, norm included, and of a norm."""
+    return {
         "attention": milliseconds(functools.partial(walk.layer, 1, hidden), device),
         "ffn": milliseconds(functools.partial(walk.layer, 2, hidden), device),
-        "norm": milliseconds(functools.partial(first.norm, hidden), device),
+        "norm": milliseconds(functools.partial(walk.sublayer(0).norm, hidden), device),
     }
-    return {"mixers": found, "pieces_ms": parts, "layers_ms": layers}
 
 
 @torch.no_grad()
@@ -229,12 +225,14 @@ def main() -> None:
         print(f"{batch}: Mamba mixers", flush=True)
         found = report[batch] = measure(walk, rows, tokens, args.device)
         speed = {
-            name: rows * tokens * 1000 / forward_ms(pattern, found["layers_ms"], row["ms"])
+            name: rows * tokens * 1000 / forward_ms(pattern, layers_of(name, found), row["ms"])
             for name, row in found["mixers"].items()
         }
         found["forward_tokens_per_second"] = speed
-        for part in ("pieces_ms", "layers_ms", "forward_tokens_per_second"):
-            show(part, found[part])
+        show("pieces_ms", found["pieces_ms"])
+        for whose, row in found["layers_ms"].items():
+            show(f"{whose} layers_ms", row)
+        show("tokens/s", speed)
         if args.out:
             args.out.write_text(json.dumps(report, indent=2) + "\n")
     if args.results:
@@ -246,6 +244,12 @@ def main() -> None:
             if key in speed
         }
         record("importance", figures, folder=args.results)
+
+
+def layers_of(name: str, found: dict[str, Any]) -> dict[str, float]:
+    """Times of the other layers that belong to an implementation of the mixer."""
+    times: dict[str, float] = found["layers_ms"]["own" if name.startswith("own") else "stock"]
+    return times
 
 
 def forward_ms(pattern: str, layers: dict[str, float], mixer: float) -> float:

@@ -54,8 +54,7 @@ def test_installed_model_gives_the_stock_logits(tokens: int, tmp_path: Path) -> 
         fastscan.uninstall(module)
         _stock(module)
         expected = module(ids, use_cache=False).logits
-        assert gpuscan.install(module) == 3
-        assert gpuscan.install(module) == 0
+        assert (gpuscan.install(module), gpuscan.install(module)) == (3, 0)
         got = module(ids, use_cache=False).logits
     assert not torch.equal(got, expected) or tokens == 1
     assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
@@ -78,10 +77,23 @@ def test_gradients_and_caches_take_the_stock_path(tmp_path: Path) -> None:
     assert torch.allclose(got, cached, rtol=1e-5, atol=1e-5)
 
 
-def test_kernels_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = load(write_tiny(tmp_path / "model")).module
-    _stock(module)
-    monkeypatch.setitem(sys.modules, "mamba_ssm", types.ModuleType("mamba_ssm"))
-    assert gpuscan.install(module) == 0
-    monkeypatch.setitem(sys.modules, "mamba_ssm", None)  # importing it fails
-    assert gpuscan.install(module) == 3
+@pytest.mark.parametrize("missing", [True, False])
+def test_kernels_are_those_that_import(missing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+
+    def combined(*args: Any, **kwargs: Any) -> None:
+        called.append((len(args), sorted(kwargs)))
+
+    name = "mamba_ssm.ops.triton.ssd_combined"
+    module = types.ModuleType(name)
+    module.mamba_chunk_scan_combined = combined  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, name, None if missing else module)
+    gpuscan.kernel_scan.cache_clear()
+    try:
+        run = gpuscan.kernel_scan()
+        assert (run is None) == missing
+        if run is not None:
+            run(*torch.zeros(6))
+            assert called == [(6, ["D"])]
+    finally:
+        gpuscan.kernel_scan.cache_clear()
