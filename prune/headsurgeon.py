@@ -13,28 +13,32 @@ import torch
 from .surgeon import DAMPING
 
 
+def damped_inverse(moments: torch.Tensor) -> torch.Tensor:
+    """Inverse of the second moments (channels, channels) with surgeon.py's damping, in fp64."""
+    damped = moments.double()
+    damped = damped.clone() if damped is moments else damped
+    damped.diagonal().add_(DAMPING * damped.diagonal().mean().clamp_min(1e-30))
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped))
+
+
 def head_surgeon_scores(
-    moments: torch.Tensor, weight: torch.Tensor, columns: torch.Tensor
+    inverse: torch.Tensor, weight: torch.Tensor, columns: torch.Tensor
 ) -> torch.Tensor:
     """Place of every head in the order of removal: 0 goes first.
 
     Args:
-        moments: second moments of the channels, (channels, channels).
+        inverse: of the damped second moments of the channels, (channels, channels), fp64.
         weight: the projection that reads them, (outputs, channels).
         columns: the channels of each head, (heads, channels each); together all of them.
 
     Returns:
         (heads,) in fp64 on the CPU.
     """
-    order = columns.flatten().to(moments.device)
+    order = columns.flatten().to(inverse.device)
     heads, size = columns.shape
-    damping = DAMPING * moments.diagonal().mean().double().clamp_min(1e-30)
-    damped = moments.double()[order][:, order]
-    damped.diagonal().add_(damping)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    del damped
-    rows = weight.detach().to(moments.device).double().T[order].contiguous()  # (channels, outputs)
-    gone = torch.zeros(heads, dtype=torch.bool, device=moments.device)
+    inverse = inverse[order][:, order].contiguous()
+    rows = weight.detach().to(inverse.device).double().T[order].contiguous()  # (channels, outputs)
+    gone = torch.zeros(heads, dtype=torch.bool, device=inverse.device)
     places = torch.zeros(heads, dtype=torch.float64)
     for place in range(heads):
         diagonal = _diagonal_blocks(inverse, heads, size)
@@ -44,14 +48,14 @@ def head_surgeon_scores(
         places[head], gone[head] = place, True
         own = slice(head * size, (head + 1) * size)
         across = torch.linalg.solve(diagonal[head], inverse[own])  # (size, channels)
-        rows -= across.T @ rows[own].clone()
-        inverse -= inverse[:, own].clone() @ across
+        rows.addmm_(across.T, rows[own].clone(), alpha=-1)
+        inverse.addmm_(inverse[:, own].clone(), across, alpha=-1)
         inverse[own] = 0  # rounding left little there; keep the blocks' inverse defined
         inverse[:, own] = 0
-        inverse[own, own] = torch.eye(size, dtype=torch.float64, device=moments.device)
+        inverse[own, own] = torch.eye(size, dtype=torch.float64, device=inverse.device)
     return places
 
 
 def _diagonal_blocks(matrix: torch.Tensor, heads: int, size: int) -> torch.Tensor:
     """(heads, size, size) from the diagonal of (heads * size, heads * size)."""
-    return matrix.view(heads, size, heads, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    return matrix.view(heads, size, heads, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).clone()

@@ -27,7 +27,7 @@ from minipuzzle.model import Model
 from minipuzzle.processes import Processes
 from minipuzzle.selection import CUT_AXES
 
-from .headsurgeon import head_surgeon_scores
+from .headsurgeon import damped_inverse, head_surgeon_scores
 from .surgeon import surgeon_scores
 
 TOKENS_PER_CHANNEL = 2  # fewer, and the second moments say nothing of how units replace each other
@@ -200,10 +200,8 @@ class UnitMeters:
                     if columns is not None:
                         self.units[i, axis, metric] = values[columns].sum(1).sqrt()
         if len(writer.moments):
-            for axis in CUT_AXES[layer.kind]:
-                columns = writer.place.columns(axis, layer)
-                if columns is not None:
-                    self.units[i, axis, "surgeon"] = _surgeon(writer.moments, weight, columns)
+            places = _surgeon(writer, weight, CUT_AXES[layer.kind], layer)
+            self.units |= {(i, axis, "surgeon"): values for axis, values in places.items()}
 
     def _finish_hidden(self, i: int, norm: Meter) -> None:
         """Published: sum over the layers; output energy: all weights of all layers that read it."""
@@ -217,10 +215,16 @@ class UnitMeters:
             self._hidden[metric] = self._hidden.get(metric, 0) + values
 
 
-def _surgeon(moments: torch.Tensor, weight: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    if columns.shape[1] == 1:
-        return surgeon_scores(moments, weight)
-    return head_surgeon_scores(moments, weight, columns)
+def _surgeon(
+    writer: Meter, weight: torch.Tensor, axes: Collection[str], layer: Layer
+) -> dict[str, torch.Tensor]:
+    """Axis -> place of every unit in the order of removal; the inverse is made once."""
+    found = {axis: writer.place.columns(axis, layer) for axis in axes}
+    groups = {axis: columns for axis, columns in found.items() if columns is not None}
+    if all(columns.shape[1] == 1 for columns in groups.values()):
+        return {axis: surgeon_scores(writer.moments, weight) for axis in groups}
+    inverse = damped_inverse(writer.moments)
+    return {axis: head_surgeon_scores(inverse, weight, cols) for axis, cols in groups.items()}
 
 
 def _weight(model: Model, i: int, layout: TensorLayout) -> torch.Tensor:

@@ -153,10 +153,11 @@ def _compare(
         for place, unit in enumerate(units):
             state = walk.final(variants.tokens(place * len(full) + k, start, stop))
             reference.compare(unit, state)
-    bad = [u for u in units if not bool(torch.isfinite(sums.table[u]).all())]
-    if bad:
+    finite = torch.isfinite(sums.table).all(1).tolist()
+    if not all(finite):
+        layer = sums.units[finite.index(False)][0]
         raise UserError(
-            f"without layer {sums.units[bad[0]][0]} the model gives NaN or infinite states; "
+            f"without layer {layer} the model gives NaN or infinite states; "
             "its numbers overflow: check the checkpoint, or score it in fp32"
         )
 

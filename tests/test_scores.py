@@ -270,7 +270,8 @@ def test_the_head_surgeon_is_the_plain_greedy_choice() -> None:
         worst = min(left, key=lambda j: cost([k for k in left if k != j]))
         expected[worst] = place
         left.remove(worst)
-    assert torch.equal(headsurgeon.head_surgeon_scores(moments, weight, columns), expected)
+    inverse = headsurgeon.damped_inverse(moments)
+    assert torch.equal(headsurgeon.head_surgeon_scores(inverse, weight, columns), expected)
 
 
 def test_second_moments_of_one_layer_live_at_a_time(
