@@ -7,6 +7,7 @@ taken, shard names may not leave the folder, pickles are refused.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors import safe_open
 
 from minipuzzle.errors import UserError
 from minipuzzle.jsonfile import read_json
-from minipuzzle.shards import DTYPES, INDEX, SINGLE, Entry, read_header
+from minipuzzle.shards import DTYPES, INDEX, SINGLE, Entry, read_header, tensor_bytes
 
 SAMPLE_BYTES = 64 * 2**10
 SAMPLES = 64
@@ -85,15 +86,17 @@ class Checkpoint:
         return sum(entry.stop - entry.start for entry in self._entries.values())
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, as stored."""
+        """One tensor, as stored: mapped, so that what is used of it is read."""
         with safe_open(self._entries[name].shard, framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
         return tensor
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows `start` to `stop` of a tensor's first dimension."""
-        with safe_open(self._entries[name].shard, framework="pt") as file:
-            tensor: torch.Tensor = file.get_slice(name)[start:stop]
+        inner = self.shape(name)[1:]
+        tensor = torch.empty((stop - start, *inner), dtype=self.dtype(name))
+        row_bytes = math.prod(inner) * tensor.itemsize
+        self.read_into(name, start * row_bytes, tensor_bytes(tensor))
         return tensor
 
     def read_into(self, name: str, offset: int, raw: memoryview) -> None:

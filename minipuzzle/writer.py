@@ -22,7 +22,15 @@ import torch
 
 from minipuzzle.errors import UserError
 from minipuzzle.files import TEMPORARY, sync_folder
-from minipuzzle.shards import INDEX, Entry, TensorPlan, lay_out, shard_names, split
+from minipuzzle.shards import (
+    INDEX,
+    Entry,
+    TensorPlan,
+    lay_out,
+    shard_names,
+    split,
+    tensor_bytes,
+)
 
 MAX_SHARD_BYTES = 4 * 2**30
 
@@ -172,12 +180,6 @@ def write_checkpoint(
     with writer:
         for name, tensor in tensors:
             writer.write(name, [tensor])
-
-
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a CPU tensor, without a copy where it is contiguous."""
-    flat = tensor.detach().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def _write_at(file: int, raw: memoryview, place: int) -> None:

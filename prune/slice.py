@@ -11,9 +11,9 @@ import torch
 from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.model import open_checked
 from minipuzzle.selection import Selection
-from minipuzzle.shards import TensorPlan
+from minipuzzle.shards import TensorPlan, tensor_bytes
 from minipuzzle.slicing import BLOCK_BYTES, Index, plan_tensors, sliced_blocks, take
-from minipuzzle.writer import MAX_SHARD_BYTES, CheckpointWriter, tensor_bytes
+from minipuzzle.writer import MAX_SHARD_BYTES, CheckpointWriter
 
 THREADS = 4  # of two cores: mostly they wait for the disk
 COMPARED_BLOCKS = 8  # of each tensor, evenly spaced, first and last among them
@@ -90,10 +90,10 @@ def _same(
     rows: slice,
 ) -> bool:
     """Whether rows of a written tensor have the bits of the parent's kept part."""
-    # mapped files: only the pages of these rows are read
-    expected, found = parent.tensor(origin), written.tensor(name)
-    if expected.ndim:
-        kept = index[0]
-        part = expected[rows] if kept is None else expected.index_select(0, kept[rows])
-        expected, found = take(part, (None, *index[1:])), found[rows]
-    return tensor_bytes(expected) == tensor_bytes(found)
+    if not written.shape(name):
+        return tensor_bytes(parent.tensor(origin)) == tensor_bytes(written.tensor(name))
+    kept = torch.arange(rows.start, rows.stop) if index[0] is None else index[0][rows]
+    first = int(kept[0])
+    part = parent.rows(origin, first, int(kept[-1]) + 1)
+    expected = take(part, (kept - first, *index[1:]))
+    return tensor_bytes(expected) == tensor_bytes(written.rows(name, rows.start, rows.stop))

@@ -29,9 +29,9 @@ from minipuzzle.prune.slice import (
     slice_checkpoint,
 )
 from minipuzzle.selection import LayerSelection, Selection
-from minipuzzle.shards import DTYPES, INDEX, SINGLE, TensorPlan, lay_out
+from minipuzzle.shards import DTYPES, INDEX, SINGLE, TensorPlan, lay_out, tensor_bytes
 from minipuzzle.slicing import plan_tensors, sliced_blocks, take
-from minipuzzle.writer import CheckpointWriter, tensor_bytes, write_checkpoint
+from minipuzzle.writer import CheckpointWriter, write_checkpoint
 from tests.tiny import CONFIG, write_tiny
 
 MANY = settings(
