@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from minipuzzle import families
+from minipuzzle import families, model
 from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.errors import UserError
 from minipuzzle.prune.slice import (
@@ -33,6 +33,11 @@ from minipuzzle.shards import DTYPES, INDEX, SINGLE, TensorPlan, lay_out, tensor
 from minipuzzle.slicing import plan_tensors, sliced_blocks, take
 from minipuzzle.writer import CheckpointWriter, write_checkpoint
 from tests.tiny import CONFIG, write_tiny
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+import bench_prune
+import make_checkpoint
 
 MANY = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -382,3 +387,19 @@ def test_a_header_is_as_long_as_it_says() -> None:
         (0, 48),
         (48, 58),
     ]
+
+
+def test_made_checkpoints_run_and_no_two_tensors_are_equal(tmp_path: Path) -> None:
+    make_checkpoint.make("tiny", tmp_path / "model", seed=3, max_shard_bytes=200_000)
+    loaded = model.load(tmp_path / "model")
+    ids = torch.arange(64)[None]
+    with torch.no_grad():
+        logits = loaded.module(ids, use_cache=False).logits
+    assert logits.isfinite().all() and 0.1 < float(logits.std()) < 100
+    written = Checkpoint.open(tmp_path / "model")
+    assert len({written.entry(name).shard for name in written.names}) > 1
+    contents = {bytes(tensor_bytes(written.tensor(name))) for name in written.names}
+    assert len(contents) == len(written.names)
+    selection = bench_prune.example_selection(loaded.architecture)
+    slice_checkpoint(tmp_path / "model", tmp_path / "cut", selection)
+    assert differing_tensor(tmp_path / "model", tmp_path / "cut", selection) is None
