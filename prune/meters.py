@@ -121,6 +121,11 @@ def _norm(activations: torch.Tensor, order: int, dims: int | tuple[int, ...]) ->
     return norm
 
 
+def _column_power(weight: torch.Tensor) -> torch.Tensor:
+    """Squared norm of every column, (columns,), fp64 on the CPU."""
+    return _norm(weight, 2, 0).double().square().cpu()
+
+
 class UnitMeters:
     """All units of a model: use `layer(i)` around the full model's walk through layer i."""
 
@@ -192,7 +197,7 @@ class UnitMeters:
     def _finish_units(self, i: int, meters: Mapping[str, Meter]) -> None:
         layer, writer = self.model.architecture.layers[i], meters["writer"]
         weight = _weight(self.model, i, self.model.family.writer(layer.kind))
-        reader = weight.double().square().sum(0).cpu()
+        reader = _column_power(weight)
         for meter in (writer, meters.get("probe", writer)):
             for metric, values in meter.channel_values(self.metrics, reader).items():
                 for axis in CUT_AXES[layer.kind]:
@@ -209,7 +214,7 @@ class UnitMeters:
         reader = torch.zeros(norm.place.channels, dtype=torch.float64)
         for layout in self.model.family.layer_tensors[layer.kind]:
             if layout.role == "reads" and len(layout.dims) == 2:
-                reader += _weight(self.model, i, layout).double().square().sum(0).cpu()
+                reader += _column_power(_weight(self.model, i, layout))
         for metric, values in norm.channel_values(self.metrics, reader).items():
             values = values.sqrt() if metric == "activation" else values
             self._hidden[metric] = self._hidden.get(metric, 0) + values

@@ -38,7 +38,7 @@ from .meters import UnitMeters
 from .sweep import LayerSums, sweep
 
 STATES_BYTES = 8 * 2**30  # of a group of sequences and all its variants, on the device
-LAYER_METRICS: tuple[LayerMetric, ...] = ("hidden_mse",)
+DEFAULT_METRICS: tuple[LayerMetric, ...] = ("hidden_mse",)
 
 
 def run(recipe: Recipe, folder: RunFolder) -> None:
@@ -116,7 +116,7 @@ def score(
     ids: torch.Tensor,
     provenance: dict[str, Any],
     *,
-    metrics: Sequence[LayerMetric] = LAYER_METRICS,
+    metrics: Sequence[LayerMetric] = DEFAULT_METRICS,
     unit_metrics: Sequence[UnitMetric] = UNIT_METRICS,
     layer_sequences: int | None = None,
     iterative: Iteration | None = None,

@@ -26,7 +26,7 @@ from minipuzzle.walk import Walk
 
 OF_LOGITS: frozenset[LayerMetric] = frozenset({"logit_mse", "kl"})
 OF_VARIANTS: frozenset[LayerMetric] = OF_LOGITS | {"hidden_mse"}
-LOGIT_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}  # of one fp32 piece of the logits
+LOGIT_BYTES = {"cpu": 8 * 2**20, "cuda": 128 * 2**20}  # of one fp32 piece of the logits
 
 Listener = Callable[[int], AbstractContextManager[None]]
 """Position of a layer -> a context in which the full model runs it (meters.py)."""
@@ -113,7 +113,7 @@ def sweep(
     for i in walk.layers():
         if i in gone:
             continue
-        if i in first:
+        if i in first and sums.metrics:
             born = full.copy()
 
         def layer(hidden: torch.Tensor, i: int = i) -> torch.Tensor:
@@ -153,6 +153,8 @@ def _compare(
         for place, unit in enumerate(units):
             state = walk.final(variants.tokens(place * len(full) + k, start, stop))
             reference.compare(unit, state)
+    if not bool(torch.isfinite(sums.shared).all()):
+        raise UserError("the head gives NaN or infinite logits; download the model again")
     finite = torch.isfinite(sums.table).all(1).tolist()
     if not all(finite):
         layer = sums.units[finite.index(False)][0]

@@ -412,6 +412,17 @@ def test_bad_weights_are_named(teacher: model.Model, name: str, told: str, bad: 
         score.score(spoilt, IDS, {})
 
 
+def test_a_bad_head_of_a_streamed_model_is_named(tmp_path: Path) -> None:
+    """It is loaded only where logits are asked for."""
+    spoilt = model.load(write_tiny(tmp_path / "whole"))
+    spoilt.parameter("lm_head.weight")[3, 4] = float("nan")
+    model.save(spoilt, tmp_path / "spoilt", dtype=torch.float32)
+    streamed = stream(tmp_path / "spoilt", dtype=torch.float32, device="cpu")
+    assert score.score(streamed, IDS, {}, unit_metrics=()).layers.keys() == {"hidden_mse"}
+    with pytest.raises(UserError, match="the head gives NaN"):
+        score.score(streamed, IDS, {}, metrics=("logit_mse",), unit_metrics=())
+
+
 def test_bad_activations_are_named(teacher: model.Model) -> None:
     spoilt = model.clone(teacher)
     spoilt.parameter("backbone.layers.4.mixer.up_proj.weight").mul_(1e25)  # squared: beyond fp32
