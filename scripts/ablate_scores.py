@@ -1,0 +1,284 @@
+"""What each score is worth: the loss after cutting by it, against rankings that know nothing.
+
+Every axis is cut alone, in all layers alike, by about 10, 20 and 30 % of its units: by each score,
+and by three controls: the units in their order, in reverse, and at random (three draws). Cuts are
+shown by masks, so that rules of serving (equal numbers from every group) do not interfere; layers
+are chosen among all of them. FFN width and Mamba heads are also cut for real and repaired. All of
+it is measured on the search split of a recipe.
+
+    python scripts/ablate_scores.py --json docs/results/ablate_scores.json
+    python scripts/ablate_scores.py --json docs/results/ablate_scores.json --repair
+    python scripts/ablate_scores.py --render
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from figures import RESULTS, command, device, versions
+from render_scores import render
+from texts import split_blocks
+from torch import nn
+
+from minipuzzle.architecture import Architecture
+from minipuzzle.distill.heldout import evaluate
+from minipuzzle.distill.teacher import TeacherStates
+from minipuzzle.files import atomic_write_json
+from minipuzzle.masks import masked
+from minipuzzle.metrics import CONTROLS, LAYER_METRICS, LayerMetric
+from minipuzzle.model import Model, load
+from minipuzzle.prune.constraints import SLICEABLE
+from minipuzzle.prune.depth import REMOVAL_ORDER
+from minipuzzle.prune.iterative import Iteration
+from minipuzzle.prune.repair import repair
+from minipuzzle.prune.score import score
+from minipuzzle.prune.select import select
+from minipuzzle.prune.slice import slice_checkpoint
+from minipuzzle.recipe import Recipe
+from minipuzzle.scores import Scores
+from minipuzzle.selection import CUT_AXES, Selection
+from minipuzzle.source import resolve
+
+SHARES = (0.1, 0.2, 0.3)
+SEEDS = (0, 1000, 2000)  # `select` adds the layer's position
+AXES = ("width", "heads", "head_dim", "query_heads", "kv_heads", "hidden")
+REPAIRED_AXES = ("width", "heads")
+LAYERS = "layers"
+
+
+@dataclass
+class Bench:
+    """The teacher, its scores, the texts, and the rows measured so far."""
+
+    teacher: Model
+    scores: Scores
+    calibration: torch.Tensor
+    search: torch.Tensor
+    settings: dict[str, Any]  # of the repair
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.judge = TeacherStates(self.teacher.module, self.search)
+        self.base = evaluate(self.teacher.module, self.judge, self.search).loss
+
+    @property
+    def architecture(self) -> Architecture:
+        """Of the teacher."""
+        return self.teacher.architecture
+
+    def note(self, module: nn.Module, started: float, **row: Any) -> None:
+        """Measure a cut model and keep the row."""
+        found = evaluate(module, self.judge, self.search)
+        row |= {"loss": found.loss, "excess": found.loss - self.base, "kl": found.kl}
+        self.rows.append(row | {"seconds": round(time.monotonic() - started, 1)})
+        print(self.rows[-1], flush=True)
+
+    def mask(self, selection: Selection, **row: Any) -> None:
+        """Measure the teacher under the masks of a selection."""
+        started = time.monotonic()
+        with masked(self.teacher, selection) as module:
+            self.note(module, started, **row, state="cut")
+
+    def mend(self, selection: Selection, **row: Any) -> None:
+        """Measure the sliced model, before and after repair."""
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            slice_checkpoint(self.teacher.folder, Path(folder) / "cut", selection)
+            student = load(Path(folder) / "cut", device=str(self.teacher.device))
+        self.note(student.module, started, **row, state="sliced")
+        started = time.monotonic()
+        repair(self.teacher, student, selection, self.calibration, **self.settings)
+        self.note(student.module, started, **row, state="repaired")
+
+
+def units_of(architecture: Architecture, axis: str) -> int:
+    """Units of an axis, the same in every layer that has it; 0 where nothing has."""
+    if axis == "hidden":
+        return architecture.hidden
+    sizes = {getattr(x, axis) for x in architecture.layers if axis in CUT_AXES[x.kind]}
+    assert len(sizes) <= 1, f"`{axis}` differs between layers"
+    return next(iter(sizes), 0)
+
+
+def counts(units: int, step: int = 1) -> list[int]:
+    """How many units to take for each of SHARES: the nearest number, at least one step."""
+    wished = [max(1, round(share * units / step)) * step for share in SHARES]
+    return sorted({gone for gone in wished if gone < units})
+
+
+def rankings(bench: Bench, axis: str) -> Iterator[tuple[str, str, int]]:
+    """(name of the row, metric for `select`, seed): every score of an axis, then the controls."""
+    measured = {m for (_, a, m) in bench.scores.units if a == axis}
+    for metric in sorted(measured if axis != "hidden" else bench.scores.hidden):
+        yield metric, metric, 0
+    for control in CONTROLS:
+        for k, seed in enumerate(SEEDS if control == "random" else SEEDS[:1]):
+            yield (f"random {k + 1}" if control == "random" else control), control, seed
+
+
+def cut_axis(bench: Bench, axis: str) -> None:
+    """Every ranking of an axis at every number of units, by masks."""
+    units = units_of(bench.architecture, axis)
+    for gone in counts(units) if units else []:
+        for name, metric, seed in rankings(bench, axis):
+            selection = select(
+                bench.scores,
+                bench.architecture,
+                sizes={axis: units - gone},
+                metrics={axis: metric},
+                constraints=None,
+                seed=seed,
+            )
+            bench.mask(selection, axis=axis, by=name, removed=gone, units=units)
+
+
+def repair_axis(bench: Bench, axis: str) -> None:
+    """Scores and one random draw of an axis, sliced (equal numbers from every group), repaired."""
+    units = units_of(bench.architecture, axis)
+    grouped = {x.grouping for x in bench.architecture.layers if axis in CUT_AXES[x.kind]}
+    by = next((g[1] for g in grouped if g is not None and g[0] == axis), None)
+    for gone in counts(units, units_of(bench.architecture, by) if by else 1) if units else []:
+        for name, metric, seed in rankings(bench, axis):
+            if metric in CONTROLS and name != "random 1":
+                continue
+            selection = select(
+                bench.scores,
+                bench.architecture,
+                sizes={axis: units - gone},
+                metrics={axis: metric},
+                constraints=SLICEABLE,
+                seed=seed,
+            )
+            bench.mend(selection, axis=axis, by=name, removed=gone, units=units)
+
+
+def cut_layers(bench: Bench, swept: torch.Tensor) -> None:
+    """Every layer metric, one-shot and iterative, and the controls, at every number of layers."""
+    blocks = bench.teacher.family.removable(bench.architecture)
+    numbers = counts(len(blocks))
+    for metric in LAYER_METRICS:
+        steps = removal_steps(bench.teacher, swept, metric, numbers[-1])
+        again = replace(bench.scores, removals=steps.removals)
+        for number in numbers:
+            row = {"axis": LAYERS, "removed": number, "units": len(blocks)}
+            for name, scores, order in (
+                (metric, bench.scores, metric),
+                (f"{metric}, iterative", again, REMOVAL_ORDER),
+            ):
+                selection = select(
+                    scores,
+                    bench.architecture,
+                    removed=number,
+                    layer_metric=order,
+                    units=blocks,
+                    constraints=None,
+                )
+                gone = [i for i, axes in enumerate(selection.layers) if axes is None]
+                bench.mask(selection, **row, by=name, layers=gone)
+    for number in numbers:
+        for name, last in layer_controls(len(blocks)):
+            gone = sorted(i for block in last[:number] for i in blocks[block])
+            selection = without(bench.architecture, gone)
+            row = {"axis": LAYERS, "removed": number, "units": len(blocks)}
+            bench.mask(selection, **row, by=name, layers=gone)
+
+
+def removal_steps(model: Model, ids: torch.Tensor, metric: LayerMetric, number: int) -> Scores:
+    """Scores whose removals are the first `number` blocks that iterative removal takes."""
+    taken = model.family.layers_per_block * number
+    iteration = Iteration(metric, lambda gone: len(gone) >= taken)
+    return score(model, ids, {}, metrics=(metric,), unit_metrics=(), iterative=iteration)
+
+
+def layer_controls(blocks: int) -> Iterator[tuple[str, list[int]]]:
+    """Orders of removal that know nothing: the last first, the first first, at random."""
+    yield "order", list(range(blocks))[::-1]
+    yield "reverse", list(range(blocks))
+    for k, seed in enumerate(SEEDS):
+        order = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed))
+        yield f"random {k + 1}", order.tolist()
+
+
+def without(architecture: Architecture, gone: Sequence[int]) -> Selection:
+    """Everything but some layers."""
+    return Selection(tuple(None if i in gone else {} for i in range(len(architecture.layers))))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and write the JSON, or render the page from it."""
+    options = read_arguments(arguments)
+    if options.json is not None:
+        measure(options)
+    if options.render:
+        render()
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Run what the options ask for; the file is written anew after every axis."""
+    recipe = Recipe.load(options.recipe, [f"model={options.model}"] if options.model else [])
+    teacher = load(resolve(recipe.model, recipe.revision), device=options.device)
+    most = max(recipe.score.unit_blocks, recipe.score.blocks, options.repair_blocks)
+    wanted = {"calibration": most, "search": options.blocks}
+    blocks = split_blocks(recipe, teacher.tokenizer, wanted, options.texts)
+    calibration, search = blocks["calibration"], blocks["search"]
+    scored, swept = calibration[: recipe.score.unit_blocks], calibration[: recipe.score.blocks]
+    scores = score(teacher, scored, {}, metrics=LAYER_METRICS, layer_sequences=len(swept))
+    fitted = calibration[: options.repair_blocks]
+    settings = recipe.repair.model_dump(exclude={"blocks"})
+    bench = Bench(teacher, scores, fitted, search, settings)
+    texts = {
+        "search_tokens": search.numel(),
+        "unit_tokens": scored.numel(),
+        "layer_tokens": swept.numel(),
+    }
+    if options.repair:
+        texts["repair_tokens"] = fitted.numel()
+        steps = [partial(repair_axis, bench, a) for a in REPAIRED_AXES if a in options.axes]
+    else:
+        steps = [partial(cut_axis, bench, axis) for axis in AXES if axis in options.axes]
+        if LAYERS in options.axes:
+            steps.append(partial(cut_layers, bench, swept))
+    for step in steps:
+        step()
+        write(options.json, bench, texts)
+
+
+def write(path: Path, bench: Bench, texts: dict[str, int]) -> None:
+    """Put the rows so far into the file, in place of earlier ones of the same axis and state."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    new = {(row["axis"], row["state"]) for row in bench.rows}
+    old = [row for row in known.get("rows", []) if (row["axis"], row["state"]) not in new]
+    origin = {"command": command(), "device": device(), "versions": versions()} | texts
+    runs = known.get("runs", {}) | {f"{axis}, {state}": origin for axis, state in sorted(new)}
+    record = {"teacher_loss": bench.base, "runs": runs, "rows": [*old, *bench.rows]}
+    atomic_write_json(path, record)
+
+
+def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--recipe", type=Path, default=Path("minipuzzle/demo/demo.yaml"))
+    parser.add_argument("--model", help="another model than the recipe's")
+    parser.add_argument("--axes", nargs="+", default=[*AXES, LAYERS], choices=[*AXES, LAYERS])
+    parser.add_argument("--blocks", type=int, default=32, help="sequences of search text")
+    parser.add_argument("--repair", action="store_true", help="slice and repair instead of masks")
+    parser.add_argument("--repair-blocks", type=int, default=48, help="of calibration text")
+    parser.add_argument("--texts", type=Path, help="file of tokens, written where it is missing")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help=f"e.g. {RESULTS.name}/ablate_scores.json")
+    parser.add_argument("--render", action="store_true", help="write the page and its drawing")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
