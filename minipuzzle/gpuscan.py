@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -116,7 +115,7 @@ def _mixer_forward(
 ) -> Any:
     """Mamba-2 layer: (B, T, D) to (B, T, D); the stock path for caches, masks and gradients."""
     if cache_params is not None or attention_mask is not None or torch.is_grad_enabled():
-        return type(self).forward(self, hidden_states, cache_params, attention_mask, **kwargs)
+        return self.stock.forward(self, hidden_states, cache_params, attention_mask, **kwargs)
     inner = self.num_heads * self.head_dim
     maps = self.n_groups * self.ssm_state_size
     projected: Tensor = self.in_proj(hidden_states)
@@ -138,13 +137,13 @@ def _mixer_forward(
 
 def _gated_norm_forward(self: Any, hidden_states: Tensor, gate: Tensor | None = None) -> Any:
     if gate is None or not _is_plain(self, hidden_states, gate):
-        return type(self).forward(self, hidden_states, gate)
+        return self.stock.forward(self, hidden_states, gate)
     return gated_norm(hidden_states, gate, self.weight, self.variance_epsilon, self.group_size)
 
 
 def _norm_forward(self: Any, hidden_states: Tensor) -> Any:
     if not _is_plain(self, hidden_states):
-        return type(self).forward(self, hidden_states)
+        return self.stock.forward(self, hidden_states)
     return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
 
@@ -177,11 +176,31 @@ def kernel_scan() -> Callable[..., Tensor] | None:
 
 
 def install(model: nn.Module) -> int:
-    """Give the instances in `model` (not their classes) this forward; the Mamba layers changed."""
+    """Give the modules in `model` this forward; how many Mamba layers changed.
+
+    A module becomes of a subclass of its class. A forward set on the instance would refer back to
+    it, and a dropped model's memory would stay taken until the next garbage collection.
+    """
     changed = 0
     for module in model.modules():
-        forward = FORWARD.get(type(module).__name__)
-        if forward is not None and "forward" not in vars(module):
-            module.forward = types.MethodType(forward, module)
-            changed += forward is _mixer_forward
+        stock = type(module)
+        if stock.__name__ in FORWARD and not hasattr(stock, "stock"):
+            module.__class__ = _with_own_forward(stock)
+            changed += FORWARD[stock.__name__] is _mixer_forward
     return changed
+
+
+def uninstall(model: nn.Module) -> None:
+    """Undo `install`."""
+    for module in model.modules():
+        module.__class__ = getattr(type(module), "stock", type(module))
+
+
+def _with_own_forward(stock: type[nn.Module]) -> type[nn.Module]:
+    if stock not in _OWN:
+        own = {"forward": FORWARD[stock.__name__], "stock": stock, "__doc__": stock.__doc__}
+        _OWN[stock] = type(stock.__name__, (stock,), own)
+    return _OWN[stock]
+
+
+_OWN: dict[type[nn.Module], type[nn.Module]] = {}

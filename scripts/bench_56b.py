@@ -1,7 +1,7 @@
 """All layer and width scores of a large model on one GPU: seconds and peak memory.
 
     python scripts/bench_56b.py                          # 56B-shaped, resident, random weights
-    python scripts/make_checkpoint.py runs/8b --shape 8b
+    python scripts/make_checkpoint.py --shape 8b runs/8b
     python scripts/bench_56b.py --stream runs/8b         # the same scores, streamed from disk
 
 The resident run counts from before the first weight is made to the last score. The streamed run
@@ -13,6 +13,7 @@ cache, and scoring the same tokens with the same model resident. Memory is what 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import time
 from collections.abc import Iterator
@@ -120,6 +121,7 @@ def streamed(args: argparse.Namespace) -> dict[str, tuple[float, str]]:
     print(f"resident: {describe(expected)} in {arithmetic:.1f} s", flush=True)
     embedding = next(s for s in model.family.tensors(model.architecture) if s.role == "embedding")
     del model
+    gc.collect()
 
     checkpoint = Checkpoint.open(args.stream)
     rate = disk_rate(checkpoint)

@@ -24,7 +24,7 @@ from figures import record
 from random_model import SHAPES, random_model
 from torch import nn
 
-from minipuzzle import gpuscan
+from minipuzzle import fastscan, gpuscan
 from minipuzzle.walk import Walk
 
 RECORDED = {
@@ -68,8 +68,7 @@ def mixers(mixer: nn.Module) -> dict[str, Callable[[torch.Tensor], torch.Tensor]
     def stock(scan: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         def call(hidden: torch.Tensor) -> torch.Tensor:
             modeling.mamba2_chunk_scan = scan
-            for module in mixer.modules():
-                vars(module).pop("forward", None)
+            gpuscan.uninstall(mixer)
             result: torch.Tensor = mixer(hidden)
             return result
 
@@ -158,7 +157,7 @@ def pieces(mixer: Any, hidden: torch.Tensor, device: str) -> dict[str, float]:
             mixed.transpose(1, 2), weight[:, 0], bias, activation="silu"
         ),
         "conv, own": lambda: gpuscan.convolve(mixed, weight[:, 0], bias),
-        "gated norm, stock": lambda: type(norm).forward(norm, y, gate),
+        "gated norm, stock": lambda: getattr(norm, "stock", type(norm)).forward(norm, y, gate),
         "gated norm, own": lambda: gpuscan.gated_norm(
             y, gate, norm.weight, norm.variance_epsilon, norm.group_size
         ),
@@ -186,8 +185,7 @@ def measure(walk: Walk, rows: int, tokens: int, device: str) -> dict[str, Any]:
     found = compare(calls, hidden, exact, device)
     parts = pieces(first.mixer, hidden, device)
     blocks = nn.ModuleList(walk.model.layer(i) for i in range(3))
-    for module in blocks.modules():
-        vars(module).pop("forward", None)
+    gpuscan.uninstall(blocks)
     layers = {"stock": sublayers(walk, hidden, device)}
     gpuscan.install(blocks)
     layers["own"] = sublayers(walk, hidden, device)
@@ -218,6 +216,7 @@ def main() -> None:
     model = random_model(
         args.shape, args.device, dtype, hybrid_override_pattern="M*-", vocab_size=512
     )
+    fastscan.uninstall(model.module)  # on a CPU
     walk = Walk(model)
     report: dict[str, Any] = {}
     for batch in args.batches.split(","):

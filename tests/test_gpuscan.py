@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import sys
 import types
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +78,24 @@ def test_gradients_and_caches_take_the_stock_path(tmp_path: Path) -> None:
     with torch.no_grad():
         got = module(ids, use_cache=True).logits
     assert torch.allclose(got, cached, rtol=1e-5, atol=1e-5)
+
+
+def test_a_dropped_model_is_freed_at_once(tmp_path: Path) -> None:
+    module = load(write_tiny(tmp_path / "model")).module
+    fastscan.uninstall(module)
+    _stock(module)
+    gpuscan.install(module)
+    twin = copy.deepcopy(module)
+    parts = [weakref.ref(part) for part in module.modules() if hasattr(part, "stock")]
+    gc.disable()
+    try:
+        del module
+        assert parts and not any(part() is not None for part in parts)
+    finally:
+        gc.enable()
+    assert gpuscan.install(twin) == 0
+    gpuscan.uninstall(twin)
+    assert not any(hasattr(part, "stock") for part in twin.modules())
 
 
 @pytest.mark.parametrize("missing", [True, False])
