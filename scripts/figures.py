@@ -5,7 +5,7 @@
 Entries of other names stay as they are, so that each script writes its own. What a script wrote to
 another folder (its option --results) on another machine is taken over whole, origin included, by
 
-    python scripts/figures.py merge FOLDER
+    python scripts/figures.py merge FOLDER [--only PREFIX]
 """
 
 from __future__ import annotations
@@ -47,8 +47,13 @@ def record(
     return path
 
 
-def merge(source: Path, *, folder: Path = RESULTS) -> Path:
+def merge(source: Path, *, only: str = "", folder: Path = RESULTS) -> Path:
     """Take the entries of a results file over into the file of the same name in `folder`.
+
+    Args:
+        source: a file that `record` wrote.
+        only: beginning of the names that are taken.
+        folder: where the results lie.
 
     Raises:
         ValueError: for a file with an entry that `record` cannot have written.
@@ -56,6 +61,7 @@ def merge(source: Path, *, folder: Path = RESULTS) -> Path:
     path = folder / source.name
     known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     found: dict[str, Any] = json.loads(source.read_text())
+    found = {name: entry for name, entry in found.items() if name.startswith(only)}
     for name, entry in found.items():
         if set(entry) != FIELDS:
             raise ValueError(f"{source}: {name} has the fields {sorted(entry)}")
@@ -97,8 +103,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("action", choices=["merge"])
     parser.add_argument("folder", type=Path)
-    for source in sorted(parser.parse_args().folder.glob("*.json")):
-        print(merge(source))
+    parser.add_argument("--only", default="", metavar="PREFIX", help="of the figures' names")
+    options = parser.parse_args()
+    for source in sorted(options.folder.glob("*.json")):
+        print(merge(source, only=options.only))
 
 
 if __name__ == "__main__":
