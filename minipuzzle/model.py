@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
@@ -16,13 +16,16 @@ from minipuzzle import families
 from minipuzzle.architecture import Architecture
 from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.errors import UserError
-from minipuzzle.families import Family
+from minipuzzle.families import Family, TensorSpec
 from minipuzzle.jsonfile import read_json
 from minipuzzle.shards import TensorPlan
-from minipuzzle.writer import write_checkpoint
+from minipuzzle.writer import CheckpointWriter
 
 if TYPE_CHECKING:
     from minipuzzle.streaming import LayerStore
+
+
+ROW_BLOCK = 2**23
 
 
 @dataclass(frozen=True)
@@ -149,16 +152,6 @@ def clone(model: Model) -> Model:
     return Model(model.folder, model.config, model.family, model.architecture, module)
 
 
-def state_tensors(
-    model: Model, *, dtype: torch.dtype | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name on disk, tensor on the CPU) of a loaded model, in the order of the forward pass."""
-    state = model.module.state_dict()
-    for spec in model.family.tensors(model.architecture):
-        tensor = state[model.family.memory_name(spec.name)].detach().cpu()
-        yield spec.name, tensor if dtype is None else tensor.to(dtype)
-
-
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype that most bytes of a checkpoint are stored in."""
     sizes: dict[torch.dtype, int] = {}
@@ -170,9 +163,60 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 def save(model: Model, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write a loaded model as a checkpoint folder, its tokenizer files carried from `folder`."""
-    config = model.family.write_config(model.config, model.architecture)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    specs = model.family.tensors(model.architecture)
-    plans = [TensorPlan(spec.name, spec.shape, dtype) for spec in specs]
-    tensors = state_tensors(model, dtype=dtype)
-    write_checkpoint(folder, config, tensors, plans=plans, carry_from=model.folder)
+    with LayerWriter(model, folder, dtype) as writer:
+        for j in range(len(model.architecture.layers)):
+            writer.layer(j)
+        writer.rest()
+
+
+class LayerWriter:
+    """A context in which a model is written as a checkpoint folder, layer by layer.
+
+    A streamed model's layers are written while the walk stands at them. Nothing is there until the
+    context ends well; tokenizer files are carried from the model's own folder.
+
+    Raises:
+        UserError: when the disk has too little room.
+    """
+
+    def __init__(self, model: Model, folder: Path, dtype: torch.dtype) -> None:
+        self.model, self.dtype = model, dtype
+        config = model.family.write_config(model.config, model.architecture)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        self._specs = list(model.family.tensors(model.architecture))
+        plans = [TensorPlan(spec.name, spec.shape, dtype) for spec in self._specs]
+        self._writer = CheckpointWriter(folder, config, plans, carry_from=model.folder)
+
+    def __enter__(self) -> Self:
+        self._writer.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._writer.__exit__(*error)
+
+    def layer(self, j: int) -> None:
+        """Write the tensors of layer j as they are now."""
+        for spec in self._specs:
+            if spec.layer == j:
+                self._write(spec.name)
+
+    def rest(self) -> None:
+        """Write what lies outside the layers."""
+        store = self.model.store
+        for spec in self._specs:
+            if spec.layer is None and spec.role == "embedding" and store is not None:
+                blocks = _row_blocks(store.checkpoint, spec)
+                self._writer.write(spec.name, (block.to(self.dtype) for block in blocks))
+            elif spec.layer is None:
+                self._write(spec.name)
+
+    def _write(self, name: str) -> None:
+        tensor = self.model.parameter(name).detach().to("cpu", self.dtype)
+        self._writer.write(name, [tensor])
+
+
+def _row_blocks(checkpoint: Checkpoint, spec: TensorSpec) -> Iterator[torch.Tensor]:
+    """A stored matrix in blocks of about ROW_BLOCK elements."""
+    rows = max(1, ROW_BLOCK * spec.shape[0] // spec.size)
+    for start in range(0, spec.shape[0], rows):
+        yield checkpoint.rows(spec.name, start, min(start + rows, spec.shape[0]))

@@ -195,8 +195,8 @@ class ScoreConfig(Section):
     )
     residency: Literal["auto", "resident", "streamed"] = Field(
         default="auto",
-        description="where the model lives: on the device, or streamed from its checkpoint; "
-        "auto: what fits",
+        description="where models live in score and repair: on the device, or streamed from their "
+        "checkpoints; auto: what fits",
     )
 
 

@@ -18,7 +18,7 @@ writer's columns absorb.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,8 +30,9 @@ from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.data.blocks import recipe_blocks
 from minipuzzle.files import atomic_write_json
 from minipuzzle.jsonfile import read_json
-from minipuzzle.model import Model, load, save, stored_dtype
+from minipuzzle.model import LayerWriter, Model, stored_dtype
 from minipuzzle.recipe import Recipe
+from minipuzzle.residency import open_model
 from minipuzzle.runfolder import RunFolder
 from minipuzzle.selection import Selection
 from minipuzzle.slicing import take, tensor_index
@@ -57,17 +58,29 @@ def run(recipe: Recipe, folder: RunFolder) -> None:
     }
 
     def body(work: Path) -> None:
-        selection = Selection.from_json(read_json(pruned / "selection.json"))
-        ahead, student = load(teacher), load(pruned)
-        ids = recipe_blocks(recipe, "calibration", ahead.tokenizer, recipe.repair.blocks)
-        dtype = stored_dtype(Checkpoint.open(pruned))
-        settings = recipe.repair.model_dump(exclude={"blocks"})
-        refits = repair(ahead, student, selection, ids, **settings, dtype=dtype)
-        save(student, work, dtype=dtype)
-        atomic_write_json(work / "selection.json", selection.to_json())
+        refits = _repair_recipe(recipe, teacher, pruned, work)
         atomic_write_json(work / "repair.json", {"refits": [asdict(refit) for refit in refits]})
 
     folder.run_stage("repair", "repaired", inputs, body)
+
+
+def _repair_recipe(recipe: Recipe, teacher: Path, pruned: Path, work: Path) -> list[Refit]:
+    """Write the repaired checkpoint of `pruned` to `work`, layer by layer as they are done."""
+    selection = Selection.from_json(read_json(pruned / "selection.json"))
+    atomic_write_json(work / "selection.json", selection.to_json())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = recipe.score.residency
+    ahead = open_model(teacher, device, residency=where)
+    student = open_model(pruned, device, residency=where)
+    ids = recipe_blocks(recipe, "calibration", ahead.tokenizer, recipe.repair.blocks)
+    dtype = stored_dtype(Checkpoint.open(pruned))
+    settings = recipe.repair.model_dump(exclude={"blocks"})
+    with LayerWriter(student, work, dtype) as writer:
+        refits = repair(
+            ahead, student, selection, ids, **settings, dtype=dtype, finished=writer.layer
+        )
+        writer.rest()
+    return refits
 
 
 @dataclass(frozen=True)
@@ -92,6 +105,7 @@ def repair(
     steps: int = 0,
     dtype: torch.dtype = torch.bfloat16,
     label: str = "repair",
+    finished: Callable[[int], None] | None = None,
 ) -> list[Refit]:
     """Re-fit the student's projections in place.
 
@@ -106,6 +120,8 @@ def repair(
         dtype: what the student will be stored in; every solution is rounded to it before the
             later layers are fitted, so that they make up for the rounding too.
         label: of the progress bar.
+        finished: called with every position of the student when that layer is done. A streamed
+            student's layer is lost after that; the head is done at the end.
 
     Returns:
         One record per re-fitted layer.
@@ -116,7 +132,9 @@ def repair(
     settings = Settings(ridge=ridge, reader_ridge=reader_ridge, steps=steps, dtype=dtype)
     lockstep = Lockstep(teacher, student, selection, ids, settings)
     with progress.bar(label, len(selection.layers), "layers") as bar:
-        for _ in lockstep.layers():
+        for i in lockstep.layers():
+            if finished is not None and i in lockstep.positions:
+                finished(lockstep.positions[i])
             bar.advance()
     lockstep.finish()
     return lockstep.refits
@@ -150,8 +168,11 @@ class Lockstep:
 
     def layers(self) -> Iterator[int]:
         """Take both through all layers, repairing; yields each position when it is done."""
+        own = self.behind.layers()
         for i in self.ahead.layers():
             axes = self.selection.layers[i]
+            if axes is not None:
+                assert next(own) == self.positions[i]
             if axes is None:
                 self.same = False
                 self._advance_target(i)
@@ -162,6 +183,7 @@ class Lockstep:
                 self._repair_layer(i, self.positions[i], narrowed=bool(axes))
                 self.same = False
             yield i
+        assert next(own, None) is None
 
     def _repair_layer(self, i: int, j: int, *, narrowed: bool) -> None:
         norm, steps = self.behind.sublayer(j).norm, self.settings.steps if narrowed else 0
@@ -186,8 +208,9 @@ class Lockstep:
         """Re-fit the head, where it is a matrix of its own, to the stream that has come out."""
         if self.same or not self.settings.reader_ridge:
             return
-        if self.teacher.store is not None:
-            self.teacher.store.need_head()
+        for model in (self.teacher, self.student):
+            if model.store is not None:
+                model.store.need_head()
         seen = self._seen(self.teacher.part("norm"), self.student.part("norm"))
         self._refit_readers(seen, None, None, "head", where="the head")
 

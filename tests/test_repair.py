@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from minipuzzle import model
+from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.errors import UserError
 from minipuzzle.prune import linearise, moments, refit, repair, surgeon
 from minipuzzle.prune.slice import slice_checkpoint
@@ -102,6 +103,25 @@ def test_a_tied_head_stays(tmp_path: Path) -> None:
     tied: Any = student.part("head")
     embedding: Any = teacher.part("embed")
     assert torch.equal(tied.weight, embedding.weight)
+
+
+@pytest.mark.parametrize("kind", ["width", "layers"])
+def test_streamed_models_are_repaired_and_written_layer_by_layer(
+    teacher: model.Model, tmp_path: Path, kind: str
+) -> None:
+    student = cut(teacher, CUTS[kind], tmp_path / "cut")
+    ahead = open_streamed(teacher.folder, dtype=torch.float32, device="cpu")
+    behind = open_streamed(tmp_path / "cut", dtype=torch.float32, device="cpu")
+    with model.LayerWriter(behind, tmp_path / "streamed", torch.bfloat16) as writer:
+        repair.repair(ahead, behind, CUTS[kind], IDS, finished=writer.layer)
+        writer.rest()
+    repair.repair(teacher, student, CUTS[kind], IDS)
+    model.save(student, tmp_path / "resident", dtype=torch.bfloat16)
+
+    ours, theirs = (Checkpoint.open(tmp_path / name) for name in ("streamed", "resident"))
+    assert sorted(ours.names) == sorted(theirs.names)
+    assert all(torch.equal(ours.tensor(name), theirs.tensor(name)) for name in ours.names)
+    assert all(p.is_meta for p in behind.layer(3).parameters())
 
 
 def test_a_streamed_teacher_repairs_the_same(teacher: model.Model, tmp_path: Path) -> None:
