@@ -7,6 +7,7 @@ layer works on one chunk, the next one is copied to the device and the one befor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class Stream:
         if not self.waiting:
             yield from self._chunks
             return
-        copies = _side_stream(self.device)
+        copies = _side_stream(self.device, "in")
         ahead = self._fetch(0, copies) if self._chunks else None
         for k in range(len(self._chunks)):
             assert ahead is not None
@@ -61,7 +62,7 @@ class Stream:
             for k, chunk in enumerate(self._chunks):  # old and new states never all at once
                 self._chunks[k] = function(chunk)
             return
-        back = _side_stream(self.device)
+        back = _side_stream(self.device, "out")
         for k, chunk in enumerate(self):
             result = function(chunk)
             back.wait_stream(torch.cuda.current_stream(self.device))
@@ -93,8 +94,12 @@ class Stream:
         return twin
 
 
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """A queue of the GPU beside the one that computes."""
+@cache
+def _side_stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
+    """A queue of the GPU beside the one that computes; the same one every time.
+
+    The allocator keeps the freed memory of every queue for itself: ever new ones would hoard it.
+    """
     queue: Any = torch.cuda.Stream
     side: torch.cuda.Stream = queue(device)
     return side
