@@ -1,9 +1,10 @@
 """Inference on a GPU: the Mamba-2 mixer and the norms with fewer passes over memory.
 
-Without gradients and caches. The scan is `mamba_ssm`'s where that is installed. Where it is not,
-stock code repeats B and C for every head in fp32 and multiplies with `einsum`; here C B^T is formed
-once per group, products are batched matrix products in the model's own type that accumulate in
-fp32, and decays are fp32. Everything else is stock arithmetic in fewer steps.
+Gradients, autocast, caches and masks take the stock path. The scan is `mamba_ssm`'s where that is
+installed. Where it is not, stock code repeats B and C for every head in fp32 and multiplies with
+`einsum`; here C B^T is formed once per group, products are batched matrix products in the model's
+own type that accumulate in fp32, and decays are fp32. The rest is stock arithmetic in fewer steps,
+which rounds bf16 more often: see docs/on-a-gpu.md.
 
 Letters: B batch, T tokens, H heads, P head dim, N state size, G groups, R = H // G, Q tokens in a
 chunk, K = B x chunks, J taps of the convolution.
@@ -113,8 +114,9 @@ def _mixer_forward(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Mamba-2 layer: (B, T, D) to (B, T, D); the stock path for caches, masks and gradients."""
-    if cache_params is not None or attention_mask is not None or torch.is_grad_enabled():
+    """Mamba-2 layer: (B, T, D) to (B, T, D); the stock path for caches and masks too."""
+    special = cache_params is not None or attention_mask is not None
+    if special or not _is_plain(self.conv1d, hidden_states):
         return self.stock.forward(self, hidden_states, cache_params, attention_mask, **kwargs)
     inner = self.num_heads * self.head_dim
     maps = self.n_groups * self.ssm_state_size
@@ -147,9 +149,11 @@ def _norm_forward(self: Any, hidden_states: Tensor) -> Any:
     return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
 
-def _is_plain(norm: Any, *tensors: Tensor) -> bool:
-    """Whether no gradient is wanted and all are of one type."""
-    return not torch.is_grad_enabled() and all(t.dtype == norm.weight.dtype for t in tensors)
+def _is_plain(module: Any, *tensors: Tensor) -> bool:
+    """Whether all are of the weight's type, and neither gradients nor autocast are wanted."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(module.weight.device.type):
+        return False
+    return all(tensor.dtype == module.weight.dtype for tensor in tensors)
 
 
 FORWARD: dict[str, Callable[..., Any]] = {

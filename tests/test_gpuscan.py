@@ -63,7 +63,7 @@ def test_installed_model_gives_the_stock_logits(tokens: int, tmp_path: Path) -> 
     assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_gradients_and_caches_take_the_stock_path(tmp_path: Path) -> None:
+def test_gradients_caches_and_autocast_take_the_stock_path(tmp_path: Path) -> None:
     module = load(write_tiny(tmp_path / "model")).module
     ids = torch.randint(0, 97, (1, 20), generator=torch.Generator().manual_seed(0))
     fastscan.uninstall(module)
@@ -72,11 +72,15 @@ def test_gradients_and_caches_take_the_stock_path(tmp_path: Path) -> None:
     expected = module(ids, use_cache=False).logits
     with torch.no_grad():
         cached = module(ids, use_cache=True).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = module(ids, use_cache=False).logits
     gpuscan.install(module)
     got = module(ids, use_cache=False).logits
     assert torch.equal(got, expected) and got.requires_grad
     with torch.no_grad():
         got = module(ids, use_cache=True).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(module(ids, use_cache=False).logits, mixed)
     assert torch.allclose(got, cached, rtol=1e-5, atol=1e-5)
 
 
