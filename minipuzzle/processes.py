@@ -39,7 +39,8 @@ class Processes:
         from accelerate import PartialState
 
         state: Any = PartialState(cpu=not on_gpu)
-        return cls(state.process_index, state.num_processes, str(state.device))
+        device = str(state.device) if on_gpu else "cpu"
+        return cls(state.process_index, state.num_processes, device)
 
     @property
     def first(self) -> bool:

@@ -48,14 +48,14 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def launch(size: int, recipe: Path, run: Path) -> list[subprocess.Popen[str]]:
-    """What `accelerate launch --num_processes SIZE --cpu` does: its environment, one machine."""
+    """What `torchrun` and `accelerate launch` do: their environment, on one machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     started = []
     for rank in range(size):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-        join = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+        join = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         names = {name: str(value) for name, value in {**place, **join}.items()}
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **names}
         command = [sys.executable, "-c", textwrap.dedent(WORKER), str(recipe), str(run)]
