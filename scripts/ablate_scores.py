@@ -65,6 +65,7 @@ class Bench:
     search: torch.Tensor
     settings: dict[str, Any]  # of the repair
     rows: list[dict[str, Any]] = field(default_factory=list)
+    known: dict[Selection, dict[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.judge = TeacherStates(self.teacher.module, self.search)
@@ -77,16 +78,24 @@ class Bench:
 
     def note(self, module: nn.Module, started: float, **row: Any) -> None:
         """Measure a cut model and keep the row."""
-        found = evaluate(module, self.judge, self.search)
-        row |= {"loss": found.loss, "excess": found.loss - self.base, "kl": found.kl}
-        self.rows.append(row | {"seconds": round(time.monotonic() - started, 1)})
+        found = self.measure(module)
+        self.rows.append(row | found | {"seconds": round(time.monotonic() - started, 1)})
         print(self.rows[-1], flush=True)
 
+    def measure(self, module: nn.Module) -> dict[str, float]:
+        """Loss, its excess over the teacher's, and KL on the search text, nats."""
+        found = evaluate(module, self.judge, self.search)
+        return {"loss": found.loss, "excess": found.loss - self.base, "kl": found.kl}
+
     def mask(self, selection: Selection, **row: Any) -> None:
-        """Measure the teacher under the masks of a selection."""
+        """Measure the teacher under the masks of a selection; equal ones only once."""
         started = time.monotonic()
-        with masked(self.teacher, selection) as module:
-            self.note(module, started, **row, state="cut")
+        if selection not in self.known:
+            with masked(self.teacher, selection) as module:
+                self.known[selection] = self.measure(module)
+        row |= {"state": "cut", **self.known[selection]}
+        self.rows.append(row | {"seconds": round(time.monotonic() - started, 1)})
+        print(self.rows[-1], flush=True)
 
     def mend(self, selection: Selection, **row: Any) -> None:
         """Measure the sliced model, before and after repair."""

@@ -10,7 +10,6 @@ best ones are measured on the rest of it. Needs Torch-Pruning (see peer_pruners.
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,11 +18,11 @@ from typing import Any
 
 import torch
 from figures import command, device, record, versions
+from our_cuts import narrowed, plans, selection_by, selection_of, sliced, uniform, without
 from peer_pruners import (
     SETTINGS,
     VERSION,
     Setting,
-    attentions,
     block_influence,
     cut_to,
     gradients,
@@ -45,13 +44,13 @@ from minipuzzle.prune.iterative import Iteration
 from minipuzzle.prune.repair import repair
 from minipuzzle.prune.score import score
 from minipuzzle.prune.select import select
-from minipuzzle.prune.slice import slice_checkpoint
 from minipuzzle.recipe import Recipe
 from minipuzzle.scores import Scores
 from minipuzzle.selection import Selection
 from minipuzzle.source import resolve
 
 SHARES = (0.1, 0.2, 0.3)
+REPAIRED = 3  # cuts of ours, the best before repair
 OURS, TORCH_PRUNING, SHORTGPT = "ours", "Torch-Pruning", "ShortGPT"
 FIGURES = {
     "loss_excess_ours": ("widths", OURS, "repaired"),
@@ -88,10 +87,10 @@ class Contest:
     def enter(self, module: nn.Module, started: float, **row: Any) -> float:
         """Take a cut model: its excess of loss on the choosing part, nats."""
         excess = loss(module, self.choosing) - self.chosen_base
-        row |= {"parameters": size(module), "excess_choosing": excess}
+        row |= {"parameters": size(module), "uniform": uniform(module), "excess_choosing": excess}
         row["seconds"] = round(time.monotonic() - started, 1)
         self.rows.append(row)
-        key = tuple(row[name] for name in ("cut", "share", "method", "state"))
+        key = tuple(row[name] for name in ("cut", "share", "method", "state", "uniform"))
         if key not in self.best or excess < self.best[key][0]["excess_choosing"]:
             self.best[key] = row, module
         print(row, flush=True)
@@ -121,13 +120,6 @@ def loss(module: nn.Module, ids: torch.Tensor, *, batch: int = 4) -> float:
     return sum(parts) / len(ids)
 
 
-def sliced(teacher: Model, selection: Selection) -> Model:
-    """The model that a selection leaves, by way of a checkpoint."""
-    with tempfile.TemporaryDirectory() as folder:
-        slice_checkpoint(teacher.folder, Path(folder) / "cut", selection)
-        return load(Path(folder) / "cut", device=str(teacher.device))
-
-
 def peer_widths(
     contest: Contest,
     share: float,
@@ -155,93 +147,20 @@ def peer_widths(
         contest.enter_repaired(student, selection, **row, how=vars(setting))
 
 
-def selection_of(teacher: Model, module: nn.Module) -> Selection:
-    """What a pruned Llama has kept, by the rows of its projections; the stream is whole."""
-    layers: list[dict[str, tuple[int, ...]]] = []
-    old: Any = teacher.module
-    new: Any = module
-    for before, after, attention in zip(
-        old.model.layers, new.model.layers, attentions(old), strict=True
-    ):
-        dim = attention.head_dim
-        rows = kept_rows(before.self_attn.q_proj.weight, after.self_attn.q_proj.weight)
-        layers.append({"query_heads": tuple(sorted({row // dim for row in rows}))})
-        width = kept_rows(before.mlp.gate_proj.weight, after.mlp.gate_proj.weight)
-        layers.append({"width": tuple(width)})
-    return Selection(tuple(layers))
-
-
-def kept_rows(before: torch.Tensor, after: torch.Tensor) -> list[int]:
-    """Positions in `before` of the rows of `after`, which are some of them in order."""
-    rows = torch.cdist(after.double(), before.double()).argmin(1).tolist()
-    assert rows == sorted(set(rows)), "rows were kept in order and once"
-    assert torch.equal(before[rows], after), "rows were kept as they are"
-    return rows
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What of ours is cut beside FFN channels, which make up the rest, and the channels' score."""
-
-    metric: str = "surgeon"
-    query_heads: int | None = None
-    kv_heads: int | None = None
-    blocks: int = 0
-
-
-def plans(architecture: Architecture) -> Iterator[Plan]:
-    """Channels by each score; by the best known with heads, groups or blocks going too."""
-    yield from (Plan(metric) for metric in ("surgeon", "energy", "flap"))
-    attention = architecture.layers[architecture.indices("attention")[0]]
-    queries, keys = (getattr(attention, axis) for axis in ("query_heads", "kv_heads"))
-    if queries > keys:
-        yield Plan(query_heads=max(keys, queries // 2 // keys * keys))
-    if keys > 1:
-        yield Plan(kv_heads=keys // 2)
-    yield from (Plan(blocks=number) for number in (1, 2))
-
-
-def selection_by(contest: Contest, plan: Plan, share: float) -> Selection | None:
-    """The plan's selection nearest to `share` of the parameters; None if it cannot be had."""
-    architecture, family = contest.architecture, contest.teacher.family
-    sizes = {a: n for a in ("query_heads", "kv_heads") if (n := getattr(plan, a)) is not None}
-
-    def of_width(width: int) -> Selection:
-        return select(
-            contest.scores,
-            architecture,
-            removed=plan.blocks,
-            sizes=sizes | {"width": width},
-            metrics={"width": plan.metric},
-            units=family.removable(architecture),
-            constraints=SLICEABLE,
-        )
-
-    def parameters(width: int) -> int:
-        return parameter_count(of_width(width).apply(architecture), family)
-
-    wanted = (1 - share) * contest.whole
-    full = architecture.layers[architecture.indices("ffn")[0]]
-    low, high = 1, int(full.width)  # type: ignore[union-attr]
-    if not parameters(low) <= wanted <= parameters(high):
-        return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if parameters(middle) <= wanted else (low, middle)
-    return of_width(min((low, high), key=lambda width: abs(parameters(width) - wanted)))
-
-
 def our_widths(contest: Contest, share: float) -> None:
-    """Every plan of ours at a share of the parameters, cut and repaired."""
+    """Every plan of ours at a share of the parameters, cut; the best ones repaired."""
+    row = {"cut": "widths", "share": share, "method": OURS}
+    cuts = []
     for plan in plans(contest.architecture):
-        selection = selection_by(contest, plan, share)
+        selection = selection_by(contest.teacher, contest.scores, plan, share)
         if selection is None:
             continue
         started = time.monotonic()
-        row = {"cut": "widths", "share": share, "method": OURS, "how": vars(plan)}
-        student = sliced(contest.teacher, selection)
-        contest.enter(student.module, started, **row, state="cut")
-        contest.enter_repaired(student, selection, **row)
+        student = (narrowed if plan.widths else sliced)(contest.teacher, selection)
+        excess = contest.enter(student.module, started, **row, how=vars(plan), state="cut")
+        cuts.append((excess, plan, selection, student))
+    for _, plan, selection, student in sorted(cuts, key=lambda cut: cut[0])[:REPAIRED]:
+        contest.enter_repaired(student, selection, **row, how=vars(plan))
 
 
 def block_sets(
@@ -271,14 +190,6 @@ def block_sets(
             yield OURS, name, selection
 
 
-def without(
-    architecture: Architecture, units: Sequence[Sequence[int]], gone: Sequence[int]
-) -> Selection:
-    """Everything but some blocks."""
-    out = {i for block in gone for i in units[block]}
-    return Selection(tuple(None if i in out else {} for i in range(len(architecture.layers))))
-
-
 def cut_blocks(contest: Contest, share: float, swept: torch.Tensor) -> None:
     """Whole blocks out, as many as come nearest to a share: by block influence and by ours."""
     units = contest.teacher.family.removable(contest.architecture)
@@ -288,17 +199,22 @@ def cut_blocks(contest: Contest, share: float, swept: torch.Tensor) -> None:
     )
     number = max(1, round(share * contest.whole / per_block))
     seen: set[tuple[str, Selection]] = set()
+    cuts = []
     for method, metric, selection in block_sets(contest, number, swept):
         if (method, selection) in seen:  # the same blocks by another metric
             continue
         seen.add((method, selection))
         gone = [b for b, layers in enumerate(units) if selection.layers[layers[0]] is None]
         row = {"cut": "blocks", "share": share, "method": method}
-        how = {"metric": metric, "blocks": gone}
+        row["how"] = {"metric": metric, "blocks": gone}
         started = time.monotonic()
         student = sliced(contest.teacher, selection)
-        contest.enter(student.module, started, **row, how=how, state="cut")
-        contest.enter_repaired(student, selection, **row, how=how)
+        excess = contest.enter(student.module, started, **row, state="cut")
+        cuts.append((method == OURS, excess, row, selection, student))
+    peers = [cut for cut in cuts if not cut[0]]
+    ours = sorted((cut for cut in cuts if cut[0]), key=lambda cut: cut[1])
+    for _, _, row, selection, student in [*ours[:REPAIRED], *peers]:
+        contest.enter_repaired(student, selection, **row)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -359,11 +275,13 @@ def write(path: Path, model: str, contest: Contest, texts: Mapping[str, int]) ->
 
 def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, str]]:
     """Name of a figure and percent removed -> excess of loss of the best of that kind, nats."""
+    measured = [row for row in rows if "excess" in row]
     found = {}
     for name, kind in FIGURES.items():
-        for row in rows:
-            if (row["cut"], row["method"], row["state"]) == kind and "excess" in row:
-                found[f"{name}_{round(100 * row['share'])}"] = (row["excess"], "nats")
+        own = [row for row in measured if (row["cut"], row["method"], row["state"]) == kind]
+        for share in sorted({row["share"] for row in own}):
+            best = min((r for r in own if r["share"] == share), key=lambda r: r["excess_choosing"])
+            found[f"{name}_{round(100 * share)}"] = (best["excess"], "nats")
     return found
 
 

@@ -14,12 +14,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import ablate_scores
 import compare_pruners
+import our_cuts
 import peer_pruners
 import render_scores
 from texts import split_blocks
 
 from minipuzzle.errors import UserError
 from minipuzzle.families import parameter_count
+from minipuzzle.masks import masked
+from minipuzzle.metrics import LAYER_METRICS
 from minipuzzle.model import Model, load
 from minipuzzle.prune.score import score
 from minipuzzle.recipe import Recipe, demo_recipe
@@ -38,9 +41,8 @@ def ids() -> torch.Tensor:
 
 
 def contest(model: Model, ids: torch.Tensor) -> compare_pruners.Contest:
-    return compare_pruners.Contest(
-        model, score(model, ids, {}), ids, ids[:2], ids[2:], {"ridge": 1e-3}
-    )
+    scores = score(model, ids, {}, metrics=LAYER_METRICS)
+    return compare_pruners.Contest(model, scores, ids, ids[:2], ids[2:], {"ridge": 1e-3})
 
 
 def test_block_influence_equals_the_formula_on_the_stock_models_states(
@@ -84,21 +86,27 @@ def test_what_a_pruned_llama_kept_is_read_from_its_rows(llama: Model) -> None:
         attention, mlp = block.self_attn, block.mlp
         attention.q_proj.weight = torch.nn.Parameter(attention.q_proj.weight[rows])
         mlp.gate_proj.weight = torch.nn.Parameter(mlp.gate_proj.weight[list(width["width"])])
-    assert compare_pruners.selection_of(llama, pruned) == uniform
+    assert our_cuts.selection_of(llama, pruned) == uniform
 
 
 def test_plans_meet_the_share_to_half_a_channel(llama: Model, ids: torch.Tensor) -> None:
     found = contest(llama, ids)
     per_channel = 3 * 32 * 3  # gate, up and down of three blocks
     seen = 0
-    for plan in compare_pruners.plans(llama.architecture):
-        selection = compare_pruners.selection_by(found, plan, 0.2)
+    for plan in our_cuts.plans(llama.architecture):
+        selection = our_cuts.selection_by(llama, found.scores, plan, 0.2)
         if selection is None:
             continue
         seen += 1
         left = parameter_count(selection.apply(llama.architecture), llama.family)
         assert abs(left - 0.8 * found.whole) <= per_channel / 2 + 1
         assert len(selection.layers) - len(selection.kept) == 2 * plan.blocks
+        if plan.widths is not None:
+            student = our_cuts.narrowed(llama, selection)
+            assert peer_pruners.size(student.module) == left
+            with masked(llama, selection) as module:
+                expected = module(ids).logits
+            torch.testing.assert_close(student.module(ids).logits, expected, atol=1e-4, rtol=1e-3)
     assert seen >= 4
 
 
@@ -108,7 +116,7 @@ def test_only_the_best_of_a_method_is_measured_and_recorded(
     found = contest(llama, ids)
     row = {"cut": "widths", "share": 0.2, "method": compare_pruners.OURS, "state": "repaired"}
     found.enter(llama.module, 0.0, **row, how={"name": "uncut"})
-    cut = compare_pruners.sliced(llama, Selection(({}, {}) * 2 + (None, None)))
+    cut = our_cuts.sliced(llama, Selection(({}, {}) * 2 + (None, None)))
     found.enter(cut.module, 0.0, **row, how={"name": "cut"})
     found.measure_best()
     uncut, other = found.rows
@@ -145,7 +153,7 @@ def test_torch_pruning_cuts_a_llama_to_the_share(
     assert abs(removed - share) <= peer_pruners.TOLERANCE
     assert torch.isfinite(pruned(ids).logits).all()
     if setting.scope != "all":
-        selection = compare_pruners.selection_of(model, pruned)
+        selection = our_cuts.selection_of(model, pruned)
         heads = [len((axes or {}).get("query_heads", ())) for axes in selection.layers[::2]]
         assert heads == [2 if setting.scope == "heads+ffn" else 4] * 3
 
