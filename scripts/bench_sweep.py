@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compared", type=int, default=4, help="sequences of the comparison")
+    parser.add_argument("--dry", action="store_true", help="print the figures, record none")
     options = parser.parse_args()
     model, ids = open_shape(options)
     middle, processor = ratios(model, ids, options.rounds, options.device)
@@ -114,7 +115,8 @@ def main() -> None:
         figures["sweep_over_reference_cpu_core_seconds"] = (round(processor, 4), unit)
     for metric, value in worst.items():
         figures[f"sweep_difference_{metric}_{place}"] = (float(f"{value:.3g}"), "largest, relative")
-    record("importance", figures)
+    if not options.dry:
+        record("importance", figures)
 
 
 if __name__ == "__main__":
