@@ -1,7 +1,8 @@
 """Put measured figures where the documents show them: nobody types these numbers.
 
 Copies a run's summary.json to docs/results/demo.json, renders it as the table in README.md between
-the markers, and renders every JSON file of docs/results as docs/results/README.md.
+the markers, and renders every JSON file of docs/results as docs/results/README.md; without a run
+only the last.
 
     python scripts/write_results.py runs/demo
 """
@@ -103,6 +104,43 @@ def full_comparison(record: Mapping[str, Any]) -> str:
     return "\n".join(parts).rstrip()
 
 
+def figures(record: Mapping[str, Any]) -> str:
+    """A file of scripts/figures.py as a Markdown table."""
+    lines = ["| figure | value | unit | device | command |", "|---" * 5 + "|"]
+    lines += [
+        f"| `{name}` | {entry['value']:,} | {entry['unit']} | {entry['device']} "
+        f"| `{entry['command']}` |"
+        for name, entry in record.items()
+    ]
+    return "\n".join(lines)
+
+
+def gap(record: Mapping[str, Any]) -> str:
+    """A file of scripts/repair_gap.py as a Markdown table of losses above the teacher's."""
+    base = record["teacher"]["loss"]
+    stations = ("cut", "repaired", "cut_distilled", "repaired_distilled")
+    titles = "cut, repaired, cut and distilled, repaired and distilled".split(", ")
+    lines = [
+        f"{format_count(record['parameters'])} parameters; teacher's loss {base:.4f} nats on "
+        f"{record['search_tokens']:,} tokens of search text; repair on "
+        f"{record['calibration_tokens']:,} tokens of calibration text, distillation on "
+        f"{record['distillation_tokens']:,}. Losses above the teacher's.",
+        "",
+        "| | parameters removed | " + " | ".join(titles) + " | gap closed by repair | s |",
+        "|---" * (len(stations) + 4) + "|",
+    ]
+    for name, found in record["cuts"].items():
+        cells = [
+            f"{100 * (found[key]['loss'] / base - 1):+.2f} %" if key in found else ""
+            for key in stations
+        ]
+        lines.append(
+            f"| {name} | {100 * found['share_removed']:.1f} % | {' | '.join(cells)} "
+            f"| {found['gap_closed']:.1f} % | {found['repair_seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
 def interval(found: Mapping[str, float]) -> str:
     """A paired difference in points with its 95 % interval."""
     mean, low, high = (100 * found[key] for key in ("mean", "low", "high"))
@@ -135,6 +173,25 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[Mapping[str, Any]], str]], ...] =
         "the same with `--model` and that teacher's folder",
         ablation,
     ),
+    (
+        "repair_gap_demo.json",
+        "What repair gives back, by kind of cut: the bundled teacher",
+        "`python scripts/repair_gap.py --model demo --suffix demo`",
+        gap,
+    ),
+    (
+        "repair_gap_27m.json",
+        "The same for a teacher of 27 M parameters",
+        "`python scripts/train_demo_teacher.py --shape large ...`, then "
+        "`python scripts/repair_gap.py --model FOLDER --suffix 27m --device cuda ...`",
+        gap,
+    ),
+    (
+        "importance.json",
+        "Figures of scoring, pruning and repair",
+        "each by the script that its row names",
+        figures,
+    ),
 )
 
 
@@ -158,14 +215,15 @@ def insert(text: str, new: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the files."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run", type=Path, nargs="?")
     options = parser.parse_args(arguments)
-    summary = json.loads((options.run / "summary.json").read_text())
     results = ROOT / "docs" / "results"
-    (results / "demo.json").write_text(json.dumps(summary, indent=2) + "\n")
+    if options.run is not None:
+        summary = json.loads((options.run / "summary.json").read_text())
+        (results / "demo.json").write_text(json.dumps(summary, indent=2) + "\n")
+        readme = ROOT / "README.md"
+        readme.write_text(insert(readme.read_text(), table(summary)))
     (results / "README.md").write_text(results_page(results))
-    readme = ROOT / "README.md"
-    readme.write_text(insert(readme.read_text(), table(summary)))
 
 
 if __name__ == "__main__":
