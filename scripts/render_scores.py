@@ -189,34 +189,54 @@ def label_of(name: str) -> str:
 
 def comparison(found: Record) -> str:
     """The best of every method at every share, and with which setting."""
-    texts = found["tokens"]
+    texts, whole = found["tokens"], found["model"]["parameters"]
     lines = [
-        f"Uncut: {found['model']['parameters']:,} parameters, loss {found['model']['loss']:.4f} "
-        f"nats on {texts['measuring_tokens']:,} tokens that chose nothing. Settings were chosen "
-        f"on {texts['choosing_tokens']:,} others; repair saw {texts['repair_tokens']:,} tokens.",
+        f"Uncut: {whole:,} parameters, loss {found['model']['loss']:.4f} nats on "
+        f"{texts['measuring_tokens']:,} tokens that chose nothing. Settings were chosen on "
+        f"{texts['choosing_tokens']:,} others; repair saw {texts['repair_tokens']:,} tokens. "
+        "In the cells: excess of loss in nats, parameters removed, setting.",
     ]
-    shares = sorted({row["share"] for row in found["rows"]})
+    rows = [row for row in found["rows"] if "excess" in row]
+    shares = sorted({row["share"] for row in rows})
     for cut, title in (("widths", "widths"), ("blocks", "whole blocks")):
-        rows = [row for row in found["rows"] if row["cut"] == cut and "excess" in row]
         heads = [f"{100 * s:.0f} % asked" for s in shares]
         lines += ["", f"| {title} | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-        for method, state in dict.fromkeys((row["method"], row["state"]) for row in rows):
-            own = {r["share"]: r for r in rows if (r["method"], r["state"]) == (method, state)}
-            cells = [peer_cell(own[s], found["model"]["parameters"]) for s in shares if s in own]
-            label = f"{method}, repaired by ours" if state == "repaired" else method
-            if (method, state) == ("ours", "repaired"):
-                label = "ours, repaired"
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        kinds: dict[tuple[str, str, bool], dict[float, Row]] = {}
+        for row in (row for row in rows if row["cut"] == cut):
+            kind = (row["method"], row["state"], row["uniform"])
+            kinds.setdefault(kind, {})[row["share"]] = row
+        for kind in sorted(kinds, key=lambda kind: (kind[1], kind[0] == "ours", not kind[2])):
+            cells = [peer_cell(kinds[kind].get(s), whole) for s in shares]
+            lines.append(f"| {method_of(*kind)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def peer_cell(row: Row, whole: int) -> str:
+def method_of(method: str, state: str, uniform: bool) -> str:
+    """A row's name; a width per layer is what no stock Llama can be."""
+    repaired = "" if state == "cut" else ", repaired" if method == "ours" else ", repaired by ours"
+    return method + repaired + ("" if uniform else ", a width per layer")
+
+
+def peer_cell(row: Row | None, whole: int) -> str:
     """Excess of loss, what is really gone, and the setting."""
+    if row is None:
+        return ""
     gone = 100 * (1 - row["parameters"] / whole)
-    how = ", ".join(
-        f"{k} {v}" if isinstance(v, int | list) else str(v) for k, v in row["how"].items() if v
-    )
-    return f"{row['excess']:+.4f} (-{gone:.1f} %; {how})"
+    return f"{row['excess']:+.4f} (-{gone:.1f} %; {setting_of(row['how'])})"
+
+
+def setting_of(how: Mapping[str, Any]) -> str:
+    """A setting in words."""
+    if "importance" in how:
+        return f"{how['importance']}, {how['scope']}, {how['ranking']}"
+    if isinstance(how["blocks"], list):
+        return f"{how['metric']}: {', '.join(map(str, how['blocks']))}"
+    words = [how["metric"]]
+    if how["widths"]:
+        words.append("widths by " + " and ".join(filter(None, how["widths"])))
+    names = {"query_heads": "query heads", "kv_heads": "KV groups", "blocks": "blocks out"}
+    words += [f"{how[key]} {name}" for key, name in names.items() if how[key]]
+    return ", ".join(words)
 
 
 def drawing(found: Record) -> str:

@@ -16,6 +16,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from render_scores import comparison, defaults_table
+
 from minipuzzle.results import MODELS
 from minipuzzle.units import format_bytes, format_count, format_seconds
 
@@ -185,6 +187,20 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[Mapping[str, Any]], str]], ...] =
         "`python scripts/train_demo_teacher.py --shape large ...`, then "
         "`python scripts/repair_gap.py --model FOLDER --suffix 27m --device cuda ...`",
         gap,
+    ),
+    (
+        "ablate_scores.json",
+        "Which score decides, axis by axis",
+        "`python scripts/ablate_scores.py`, all of it in "
+        "[how the scores compare](../how-scores-compare.md)",
+        lambda record: defaults_table(record["rows"]),
+    ),
+    (
+        "compare_pruners.json",
+        "Pruning a small Llama by ours and by others",
+        "`python scripts/compare_pruners.py`, explained in "
+        "[how the scores compare](../how-scores-compare.md)",
+        comparison,
     ),
     (
         "importance.json",
