@@ -10,6 +10,7 @@ best ones are measured on the rest of it. Needs Torch-Pruning (see peer_pruners.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ import torch
 from figures import command, device, record, versions
 from our_cuts import narrowed, plans, selection_by, selection_of, sliced, uniform, without
 from peer_pruners import (
+    IMPORTANCES,
     SETTINGS,
     VERSION,
     Setting,
@@ -50,8 +52,9 @@ from minipuzzle.selection import Selection
 from minipuzzle.source import resolve
 
 SHARES = (0.1, 0.2, 0.3)
-REPAIRED = 3  # cuts of ours, the best before repair
+REPAIRED = 2  # of ours for each kind of cut, the best before repair
 OURS, TORCH_PRUNING, SHORTGPT = "ours", "Torch-Pruning", "ShortGPT"
+PARTS = ("peers", "ours", "blocks")
 FIGURES = {
     "loss_excess_ours": ("widths", OURS, "repaired"),
     "loss_excess_ours_unrepaired": ("widths", OURS, "cut"),
@@ -159,8 +162,10 @@ def our_widths(contest: Contest, share: float) -> None:
         student = (narrowed if plan.widths else sliced)(contest.teacher, selection)
         excess = contest.enter(student.module, started, **row, how=vars(plan), state="cut")
         cuts.append((excess, plan, selection, student))
-    for _, plan, selection, student in sorted(cuts, key=lambda cut: cut[0])[:REPAIRED]:
-        contest.enter_repaired(student, selection, **row, how=vars(plan))
+    for one_width in (True, False):
+        kind = (cut for cut in cuts if (cut[1].widths is None) == one_width)
+        for _, plan, selection, student in sorted(kind, key=lambda cut: cut[0])[: REPAIRED // 2]:
+            contest.enter_repaired(student, selection, **row, how=vars(plan))
 
 
 def block_sets(
@@ -236,41 +241,56 @@ def main(arguments: Sequence[str] | None = None) -> None:
         search[options.choosing :],
         recipe.repair.model_dump(exclude={"blocks"}),
     )
-    grads = gradients(teacher.module, scored)
+    texts = {
+        "unit_tokens": scored.numel(),
+        "layer_tokens": swept.numel(),
+        "repair_tokens": calibration.numel(),
+        "choosing_tokens": contest.choosing.numel(),
+        "measuring_tokens": contest.measuring.numel(),
+    }
+    settings = [s for s in SETTINGS if s.importance in options.importances]
+    grads = gradients(teacher.module, scored) if "peers" in options.parts else {}
     for share in options.shares:
-        peer_widths(contest, share, grads, SETTINGS[:: options.every])
-        our_widths(contest, share)
-        cut_blocks(contest, share, swept)
+        if "peers" in options.parts:
+            peer_widths(contest, share, grads, settings)
+        if "ours" in options.parts:
+            our_widths(contest, share)
+        if "blocks" in options.parts:
+            cut_blocks(contest, share, swept)
         contest.measure_best()
-        texts = {"unit_tokens": scored.numel(), "layer_tokens": swept.numel()}
         write(options.json, options.model, contest, texts)
-    if options.figures:
-        record("importance", figures(contest.rows))
+        if options.figures:
+            record("importance", figures(contest.rows))
 
 
 def write(path: Path, model: str, contest: Contest, texts: Mapping[str, int]) -> None:
-    """The whole table and where it comes from."""
+    """Put the rows so far into the file, in place of earlier ones of the same method and share."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    result = {
+    head = {
+        "name": Path(model).name,
+        "parameters": contest.whole,
+        "architecture": contest.architecture.pattern,
+        "loss": contest.base,
+        "loss_choosing": contest.chosen_base,
+    }
+    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if known.get("model") != head or known.get("tokens") != texts:
+        known = {}  # of another model or other texts: not to be compared
+    new = {part_of(row) for row in contest.rows}
+    old = [row for row in known.get("rows", []) if part_of(row) not in new]
+    origin = {
         "command": command(),
         "device": device(),
         "versions": versions() | {"torch-pruning": VERSION},
-        "model": {
-            "name": Path(model).name,
-            "parameters": contest.whole,
-            "architecture": contest.architecture.pattern,
-            "loss": contest.base,
-            "loss_choosing": contest.chosen_base,
-        },
-        "tokens": {
-            **texts,
-            "repair_tokens": contest.calibration.numel(),
-            "choosing_tokens": contest.choosing.numel(),
-            "measuring_tokens": contest.measuring.numel(),
-        },
-        "rows": contest.rows,
     }
-    atomic_write_json(path, result)
+    runs = known.get("runs", {}) | {part: origin for part in sorted(new)}
+    rows = [*old, *contest.rows]
+    atomic_write_json(path, {"model": head, "tokens": dict(texts), "runs": runs, "rows": rows})
+
+
+def part_of(row: Mapping[str, Any]) -> str:
+    """What is measured in one go: a method at a share."""
+    return f"{row['cut']}, {row['share']}, {row['method']}"
 
 
 def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, str]]:
@@ -294,7 +314,8 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--calibration", type=int, default=96, help="sequences for the repair")
     parser.add_argument("--choosing", type=int, default=16, help="sequences that choose settings")
     parser.add_argument("--measuring", type=int, default=32, help="sequences that measure the best")
-    parser.add_argument("--every", type=int, default=1, help="take each n-th Torch-Pruning setting")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--importances", nargs="+", default=IMPORTANCES, choices=IMPORTANCES)
     parser.add_argument("--texts", type=Path, help="file of tokens, written where it is missing")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, required=True)

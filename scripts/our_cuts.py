@@ -106,8 +106,8 @@ class Plan:
 def plans(architecture: Architecture) -> Iterator[Plan]:
     """Channels by each score; by the best known with own widths, or with more than channels."""
     yield from (Plan(metric) for metric in ("surgeon", "energy", "flap"))
-    for layers in (None, "hidden_mse", "kl"):
-        yield from (Plan(widths=(metric, layers)) for metric in ("energy", "flap"))
+    yield from (Plan(widths=("flap", layers)) for layers in (None, "hidden_mse", "kl"))
+    yield Plan(widths=("energy", "kl"))
     attention = architecture.layers[architecture.indices("attention")[0]]
     queries, keys = (getattr(attention, axis) for axis in ("query_heads", "kv_heads"))
     if queries > keys:

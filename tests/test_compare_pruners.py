@@ -127,6 +127,24 @@ def test_only_the_best_of_a_method_is_measured_and_recorded(
     assert figures == {"loss_excess_ours_20": (kept["excess"], "nats")}
 
 
+def test_a_later_run_takes_the_place_of_its_own_part_only(
+    llama: Model, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    found, path = contest(llama, ids), tmp_path / "out.json"
+
+    def run(share: float, name: str, texts: dict[str, int]) -> list[str]:
+        found.rows.clear()
+        row = {"cut": "widths", "share": share, "method": compare_pruners.OURS, "state": "cut"}
+        found.enter(llama.module, 0.0, **row, how=name)
+        compare_pruners.write(path, "llama", found, texts)
+        return [row["how"] for row in json.loads(path.read_text())["rows"]]
+
+    assert run(0.1, "first", {"tokens": 1}) == ["first"]
+    assert run(0.2, "second", {"tokens": 1}) == ["first", "second"]
+    assert run(0.1, "again", {"tokens": 1}) == ["second", "again"]
+    assert run(0.2, "other texts", {"tokens": 2}) == ["other texts"]
+
+
 @pytest.mark.parametrize(
     ("setting", "share"),
     [
