@@ -64,6 +64,7 @@ class Bench:
     calibration: torch.Tensor
     search: torch.Tensor
     settings: dict[str, Any]  # of the repair
+    shares: Sequence[float] = SHARES
     rows: list[dict[str, Any]] = field(default_factory=list)
     known: dict[Selection, dict[str, float]] = field(default_factory=dict)
 
@@ -118,9 +119,9 @@ def units_of(architecture: Architecture, axis: str) -> int:
     return next(iter(sizes), 0)
 
 
-def counts(units: int, step: int = 1) -> list[int]:
-    """How many units to take for each of SHARES: the nearest number, at least one step."""
-    wished = [max(1, round(share * units / step)) * step for share in SHARES]
+def counts(units: int, step: int = 1, shares: Sequence[float] = SHARES) -> list[int]:
+    """How many units to take for each share: the nearest number, at least one step."""
+    wished = [max(1, round(share * units / step)) * step for share in shares]
     return sorted({gone for gone in wished if gone < units})
 
 
@@ -137,7 +138,7 @@ def rankings(bench: Bench, axis: str) -> Iterator[tuple[str, str, int]]:
 def cut_axis(bench: Bench, axis: str) -> None:
     """Every ranking of an axis at every number of units, by masks."""
     units = units_of(bench.architecture, axis)
-    for gone in counts(units) if units else []:
+    for gone in counts(units, shares=bench.shares) if units else []:
         for name, metric, seed in rankings(bench, axis):
             selection = select(
                 bench.scores,
@@ -155,7 +156,8 @@ def repair_axis(bench: Bench, axis: str) -> None:
     units = units_of(bench.architecture, axis)
     grouped = {x.grouping for x in bench.architecture.layers if axis in CUT_AXES[x.kind]}
     by = next((g[1] for g in grouped if g is not None and g[0] == axis), None)
-    for gone in counts(units, units_of(bench.architecture, by) if by else 1) if units else []:
+    step = units_of(bench.architecture, by) if by else 1
+    for gone in counts(units, step, bench.shares) if units else []:
         for name, metric, seed in rankings(bench, axis):
             if metric in CONTROLS and name != "random 1":
                 continue
@@ -173,7 +175,7 @@ def repair_axis(bench: Bench, axis: str) -> None:
 def cut_layers(bench: Bench, swept: torch.Tensor) -> None:
     """Every layer metric, one-shot and iterative, and the controls, at every number of layers."""
     blocks = bench.teacher.family.removable(bench.architecture)
-    numbers = counts(len(blocks))
+    numbers = counts(len(blocks), shares=bench.shares)
     for metric in LAYER_METRICS:
         steps = removal_steps(bench.teacher, swept, metric, numbers[-1])
         again = replace(bench.scores, removals=steps.removals)
@@ -240,10 +242,11 @@ def measure(options: argparse.Namespace) -> None:
     blocks = split_blocks(recipe, teacher.tokenizer, wanted, options.texts)
     calibration, search = blocks["calibration"], blocks["search"]
     scored, swept = calibration[: recipe.score.unit_blocks], calibration[: recipe.score.blocks]
-    scores = score(teacher, scored, {}, metrics=LAYER_METRICS, layer_sequences=len(swept))
+    metrics = () if options.repair or LAYERS not in options.axes else LAYER_METRICS
+    scores = score(teacher, scored, {}, metrics=metrics, layer_sequences=len(swept))
     fitted = calibration[: options.repair_blocks]
     settings = recipe.repair.model_dump(exclude={"blocks"})
-    bench = Bench(teacher, scores, fitted, search, settings)
+    bench = Bench(teacher, scores, fitted, search, settings, options.shares)
     texts = {
         "search_tokens": search.numel(),
         "unit_tokens": scored.numel(),
@@ -279,6 +282,7 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--recipe", type=Path, default=Path("minipuzzle/demo/demo.yaml"))
     parser.add_argument("--model", help="another model than the recipe's")
     parser.add_argument("--axes", nargs="+", default=[*AXES, LAYERS], choices=[*AXES, LAYERS])
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
     parser.add_argument("--blocks", type=int, default=32, help="sequences of search text")
     parser.add_argument("--repair", action="store_true", help="slice and repair instead of masks")
     parser.add_argument("--repair-blocks", type=int, default=48, help="of calibration text")
