@@ -19,7 +19,21 @@ BLOCKS = 256  # beyond: about so many removals of many units, each a share of wh
 def surgeon_scores(
     moments: torch.Tensor, weight: torch.Tensor, *, blocks: int | None = None
 ) -> torch.Tensor:
-    """Place of every unit in the order of removal: 0 goes first.
+    """Place of every unit in the order of removal: 0 goes first; see `surgeon_order`.
+
+    Returns:
+        (units,) in fp64 on the CPU.
+    """
+    order, _ = surgeon_order(moments, weight, blocks=blocks)
+    places = torch.empty(len(order), dtype=torch.float64)
+    places[order] = torch.arange(len(order), dtype=torch.float64)
+    return places
+
+
+def surgeon_order(
+    moments: torch.Tensor, weight: torch.Tensor, *, blocks: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Units in the order of removal, and what each one's removal adds to the squared error.
 
     One unit at a time is the plain greedy choice, whose updates are limited by memory speed: for
     wide layers the cheapest units go several at a time (within such a block, by their cost before
@@ -32,7 +46,7 @@ def surgeon_scores(
             EXACT_UNITS, else BLOCKS of them.
 
     Returns:
-        (units,) in fp64 on the CPU.
+        Units (units,), and costs (units,) in fp64 in that order, both on the CPU.
     """
     units, device = len(moments), moments.device
     if blocks is None:
@@ -44,16 +58,16 @@ def surgeon_scores(
     columns = weight.detach().to(device).double().T.clone()  # (units, outputs)
     gone = torch.zeros(units, dtype=torch.bool, device=device)
     order: list[torch.Tensor] = []
+    costs: list[torch.Tensor] = []
     for removal in range(blocks):
         size = units * (removal + 1) // blocks - units * removal // blocks
         cost = columns.square().sum(1) / inverse.diagonal()
-        block = cost.masked_fill_(gone, torch.inf).topk(size, largest=False).indices
+        lowest, block = cost.masked_fill_(gone, torch.inf).topk(size, largest=False)
         order.append(block)
+        costs.append(lowest)
         gone[block] = True
         _remove(inverse, columns, block)
-    places = torch.empty(units, dtype=torch.float64)
-    places[torch.cat(order).cpu()] = torch.arange(units, dtype=torch.float64)
-    return places
+    return torch.cat(order).cpu(), torch.cat(costs).cpu()
 
 
 def _remove(inverse: torch.Tensor, columns: torch.Tensor, block: torch.Tensor) -> None:

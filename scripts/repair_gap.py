@@ -16,6 +16,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from minipuzzle.families import parameter_count
 from minipuzzle.files import atomic_write_json
 from minipuzzle.model import Model, clone, load, prepare
 from minipuzzle.prune.constraints import SLICEABLE
+from minipuzzle.prune.prices import channel_prices, loss_metrics, widths_by_price
 from minipuzzle.prune.repair import repair
 from minipuzzle.prune.score import score
 from minipuzzle.prune.select import select
@@ -45,7 +47,8 @@ from minipuzzle.walk import narrow_layer
 MODEL_RECIPE = Path(__file__).resolve().parent.parent / "minipuzzle" / "demo" / "demo.yaml"
 SHARE, TOLERANCE = 0.17, 0.005
 MAX_TOKENS = 200_000
-CUTS = ("ffn", "layers", "mamba_heads", "mixed")
+METRIC_TOKENS = 65_536
+CUTS = ("ffn", "ffn_uniform", "layers", "mamba_heads", "mixed")
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,12 @@ class Bench:
     calibration: torch.Tensor
     search: torch.Tensor
     distillation: torch.Tensor
+
+    @cached_property
+    def prices(self) -> dict[int, torch.Tensor]:
+        """What the channels of every FFN layer are worth to the loss."""
+        few = self.calibration[: max(1, METRIC_TOKENS // self.calibration.shape[1])]
+        return channel_prices(self.teacher, self.calibration, loss_metrics(self.teacher, few))
 
     def share(self, selection: Selection) -> float:
         """Part of the parameters that a cut takes away."""
@@ -96,6 +105,13 @@ def cut_ffn(bench: Bench, removed: frozenset[int] = frozenset(), **sizes: Any) -
 
     width = nearest(range(1, widest), lambda w: bench.share(at(w)))
     return at(width)
+
+
+def cut_ffn_by_price(bench: Bench) -> Selection:
+    """As many channels as `cut_ffn` takes, but the cheapest of all layers together."""
+    uniform = cut_ffn(bench)
+    kept = sum(len(axes["width"]) for axes in uniform.layers if axes and "width" in axes)
+    return bench.select(width=widths_by_price(bench.prices, kept))
 
 
 def nearest(choices: range, share: Callable[[int], float]) -> int:
@@ -154,7 +170,8 @@ def cut_mixed(bench: Bench) -> Selection:
 def choose(bench: Bench, cut: str) -> Selection:
     """The selection of a cut; its share of the parameters is asserted."""
     makers = {
-        "ffn": cut_ffn,
+        "ffn": cut_ffn_by_price,
+        "ffn_uniform": cut_ffn,
         "layers": cut_layers,
         "mamba_heads": cut_mamba_heads,
         "mixed": cut_mixed,
@@ -167,7 +184,7 @@ def choose(bench: Bench, cut: str) -> Selection:
 def cut_model(teacher: Model, selection: Selection) -> Model:
     """The cut model in memory; its layers may differ in shape, which no checkpoint can hold."""
     family, size = teacher.family, teacher.family.layers_per_block
-    blocks = {}
+    blocks: dict[int, nn.Module] = {}
     for i in selection.kept:
         block = blocks.setdefault(i // size, copy.deepcopy(teacher.layer(i)))
         axes = selection.layers[i]
@@ -197,6 +214,7 @@ def measure(bench: Bench, cut: str, recipe: Recipe, settings: dict[str, Any]) ->
         "share_removed": bench.share(selection),
         "pattern": selection.apply(bench.teacher.architecture).pattern,
         "sizes": sizes_of(selection),
+        "settings": settings,
         "cut": station(pruned),
     }
     repaired = clone(pruned)
@@ -263,10 +281,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--recipe", type=Path, default=MODEL_RECIPE, help="data, distillation and repair settings")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override of the recipe")
     add("--json", type=Path, help="results file (default: docs/results/repair_gap_SUFFIX.json)")
+    add("--results", type=Path, default=RESULTS, help="folder of both files")
     add("--device", default="cpu")
     add("--blocks", type=int, default=384, help="sequences of calibration text")
     add("--search-blocks", type=int, default=64, help="sequences of search text")
     add("--cuts", nargs="+", choices=CUTS, default=list(CUTS))
+    add("--steps", nargs="*", default=[], metavar="CUT=N", help="repair.steps of single cuts")
     return parser.parse_args(arguments)
 
 
@@ -283,20 +303,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "calibration_tokens": bench.calibration.numel(),
         "search_tokens": bench.search.numel(),
         "distillation_tokens": bench.distillation.numel(),
-        "settings": settings,
         "cuts": {},
     }
+    path = options.json or options.results / f"repair_gap_{options.suffix}.json"
+    steps = {cut: int(number) for cut, _, number in (s.partition("=") for s in options.steps)}
     for cut in options.cuts:
-        result["cuts"][cut] = measure(bench, cut, recipe, settings)
+        own = settings | ({"steps": steps[cut]} if cut in steps else {})
+        result["cuts"][cut] = measure(bench, cut, recipe, own)
         print(cut, json.dumps(result["cuts"][cut]), flush=True)
-    path = options.json or RESULTS / f"repair_gap_{options.suffix}.json"
-    atomic_write_json(path, result)
-    named = {
-        f"gap_closed_{cut}_{options.suffix}": (round(found["gap_closed"], 2), "%")
-        for cut, found in result["cuts"].items()
-        if cut != "mixed"
-    }
-    record("importance", named)
+        atomic_write_json(path, result)
+        value = round(result["cuts"][cut]["gap_closed"], 2)
+        name = f"gap_closed_{cut}_{options.suffix}"
+        record("importance", {name: (value, "%")}, folder=options.results)
 
 
 if __name__ == "__main__":
