@@ -305,6 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "distillation_tokens": bench.distillation.numel(),
         "cuts": {},
     }
+    options.results.mkdir(parents=True, exist_ok=True)
     path = options.json or options.results / f"repair_gap_{options.suffix}.json"
     steps = {cut: int(number) for cut, _, number in (s.partition("=") for s in options.steps)}
     for cut in options.cuts:
