@@ -23,6 +23,8 @@ from .moments import Moments
 from .refit import capturing, matrices, module_of
 from .surgeon import surgeon_order
 
+GRADIENT_TOKENS = 1024  # a backward pass at once: all layers' activations are kept
+
 
 def loss_metrics(model: Model, ids: torch.Tensor) -> list[torch.Tensor]:
     """G after every layer: (D, D) each, fp64, from the next-token loss on ids (B, T).
@@ -32,7 +34,7 @@ def loss_metrics(model: Model, ids: torch.Tensor) -> list[torch.Tensor]:
     assert model.store is None, "a backward pass needs every layer"
     walk, hidden_size = Walk(model), model.architecture.hidden
     sums = [Moments(hidden_size, 0, walk.device) for _ in range(walk.num_layers)]
-    for part in chunks(ids, walk.tokens_per_chunk):
+    for part in chunks(ids, GRADIENT_TOKENS):
         for total, gradient in zip(sums, _gradients(walk, part), strict=True):
             flat = gradient.flatten(0, 1)
             total.add(flat, flat[:, :0])
