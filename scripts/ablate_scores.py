@@ -54,6 +54,9 @@ AXES = ("width", "heads", "head_dim", "query_heads", "kv_heads", "hidden")
 REPAIRED_AXES = ("width", "heads")
 LAYERS = "layers"
 
+Found = dict[str, float]
+"""Loss, its excess over the teacher's, and KL."""
+
 
 @dataclass
 class Bench:
@@ -64,9 +67,11 @@ class Bench:
     calibration: torch.Tensor
     search: torch.Tensor
     settings: dict[str, Any]  # of the repair
+    swept: torch.Tensor
     shares: Sequence[float] = SHARES
     rows: list[dict[str, Any]] = field(default_factory=list)
-    known: dict[Selection, dict[str, float]] = field(default_factory=dict)
+    known: dict[Selection, Found] = field(default_factory=dict)
+    mended: dict[Selection, tuple[Found, Found]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.judge = TeacherStates(self.teacher.module, self.search)
@@ -77,13 +82,7 @@ class Bench:
         """Of the teacher."""
         return self.teacher.architecture
 
-    def note(self, module: nn.Module, started: float, **row: Any) -> None:
-        """Measure a cut model and keep the row."""
-        found = self.measure(module)
-        self.rows.append(row | found | {"seconds": round(time.monotonic() - started, 1)})
-        print(self.rows[-1], flush=True)
-
-    def measure(self, module: nn.Module) -> dict[str, float]:
+    def measure(self, module: nn.Module) -> Found:
         """Loss, its excess over the teacher's, and KL on the search text, nats."""
         found = evaluate(module, self.judge, self.search)
         return {"loss": found.loss, "excess": found.loss - self.base, "kl": found.kl}
@@ -94,20 +93,25 @@ class Bench:
         if selection not in self.known:
             with masked(self.teacher, selection) as module:
                 self.known[selection] = self.measure(module)
-        row |= {"state": "cut", **self.known[selection]}
-        self.rows.append(row | {"seconds": round(time.monotonic() - started, 1)})
-        print(self.rows[-1], flush=True)
+        self.keep(row | {"state": "cut"} | self.known[selection], started)
 
     def mend(self, selection: Selection, **row: Any) -> None:
-        """Measure the sliced model, before and after repair."""
+        """Measure the sliced model, before and after repair; equal ones only once."""
         started = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            slice_checkpoint(self.teacher.folder, Path(folder) / "cut", selection)
-            student = load(Path(folder) / "cut", device=str(self.teacher.device))
-        self.note(student.module, started, **row, state="sliced")
-        started = time.monotonic()
-        repair(self.teacher, student, selection, self.calibration, **self.settings)
-        self.note(student.module, started, **row, state="repaired")
+        if selection not in self.mended:
+            with tempfile.TemporaryDirectory() as folder:
+                slice_checkpoint(self.teacher.folder, Path(folder) / "cut", selection)
+                student = load(Path(folder) / "cut", device=str(self.teacher.device))
+            before = self.measure(student.module)
+            repair(self.teacher, student, selection, self.calibration, **self.settings)
+            self.mended[selection] = before, self.measure(student.module)
+        for state, found in zip(("sliced", "repaired"), self.mended[selection], strict=True):
+            self.keep(row | {"state": state} | found, started)
+
+    def keep(self, row: dict[str, Any], started: float) -> None:
+        """Take a row."""
+        self.rows.append(row | {"seconds": round(time.monotonic() - started, 1)})
+        print(self.rows[-1], flush=True)
 
 
 def units_of(architecture: Architecture, axis: str) -> int:
@@ -172,35 +176,61 @@ def repair_axis(bench: Bench, axis: str) -> None:
             bench.mend(selection, axis=axis, by=name, removed=gone, units=units)
 
 
-def cut_layers(bench: Bench, swept: torch.Tensor) -> None:
-    """Every layer metric, one-shot and iterative, and the controls, at every number of layers."""
+def layer_cuts(bench: Bench) -> Iterator[tuple[dict[str, Any], Selection]]:
+    """Every layer metric, one-shot and iterative, then the controls: row and selection."""
     blocks = bench.teacher.family.removable(bench.architecture)
     numbers = counts(len(blocks), shares=bench.shares)
     for metric in LAYER_METRICS:
-        steps = removal_steps(bench.teacher, swept, metric, numbers[-1])
+        steps = removal_steps(bench.teacher, bench.swept, metric, numbers[-1])
         again = replace(bench.scores, removals=steps.removals)
         for number in numbers:
-            row = {"axis": LAYERS, "removed": number, "units": len(blocks)}
             for name, scores, order in (
                 (metric, bench.scores, metric),
                 (f"{metric}, iterative", again, REMOVAL_ORDER),
             ):
-                selection = select(
-                    scores,
-                    bench.architecture,
-                    removed=number,
-                    layer_metric=order,
-                    units=blocks,
-                    constraints=None,
+                yield (
+                    layer_row(name, number, len(blocks)),
+                    select(
+                        scores,
+                        bench.architecture,
+                        removed=number,
+                        layer_metric=order,
+                        units=blocks,
+                        constraints=None,
+                    ),
                 )
-                gone = [i for i, axes in enumerate(selection.layers) if axes is None]
-                bench.mask(selection, **row, by=name, layers=gone)
     for number in numbers:
         for name, last in layer_controls(len(blocks)):
             gone = sorted(i for block in last[:number] for i in blocks[block])
-            selection = without(bench.architecture, gone)
-            row = {"axis": LAYERS, "removed": number, "units": len(blocks)}
-            bench.mask(selection, **row, by=name, layers=gone)
+            yield layer_row(name, number, len(blocks)), without(bench.architecture, gone)
+
+
+def layer_row(name: str, number: int, blocks: int) -> dict[str, Any]:
+    """What a row of the layers begins with."""
+    return {"axis": LAYERS, "by": name, "removed": number, "units": blocks}
+
+
+def cut_layers(bench: Bench) -> None:
+    """Layers out by every ranking, by masks."""
+    for row, selection in layer_cuts(bench):
+        bench.mask(selection, **row, layers=gone_layers(selection))
+
+
+def repair_layers(bench: Bench) -> None:
+    """Layers out by the scores and by one random draw, repaired."""
+    for row, selection in layer_cuts(bench):
+        if row["by"] in ("random 1", *measured_by()):
+            bench.mend(selection, **row, layers=gone_layers(selection))
+
+
+def measured_by() -> list[str]:
+    """Names of the rankings of layers that are scores."""
+    return [f"{metric}{how}" for metric in LAYER_METRICS for how in ("", ", iterative")]
+
+
+def gone_layers(selection: Selection) -> list[int]:
+    """Positions of the removed layers."""
+    return [i for i, axes in enumerate(selection.layers) if axes is None]
 
 
 def removal_steps(model: Model, ids: torch.Tensor, metric: LayerMetric, number: int) -> Scores:
@@ -242,11 +272,11 @@ def measure(options: argparse.Namespace) -> None:
     blocks = split_blocks(recipe, teacher.tokenizer, wanted, options.texts)
     calibration, search = blocks["calibration"], blocks["search"]
     scored, swept = calibration[: recipe.score.unit_blocks], calibration[: recipe.score.blocks]
-    metrics = () if options.repair or LAYERS not in options.axes else LAYER_METRICS
+    metrics = LAYER_METRICS if LAYERS in options.axes else LAYER_METRICS[:1]
     scores = score(teacher, scored, {}, metrics=metrics, layer_sequences=len(swept))
     fitted = calibration[: options.repair_blocks]
     settings = recipe.repair.model_dump(exclude={"blocks"})
-    bench = Bench(teacher, scores, fitted, search, settings, options.shares)
+    bench = Bench(teacher, scores, fitted, search, settings, swept, options.shares)
     texts = {
         "search_tokens": search.numel(),
         "unit_tokens": scored.numel(),
@@ -255,10 +285,12 @@ def measure(options: argparse.Namespace) -> None:
     if options.repair:
         texts["repair_tokens"] = fitted.numel()
         steps = [partial(repair_axis, bench, a) for a in REPAIRED_AXES if a in options.axes]
+        if LAYERS in options.axes:
+            steps.append(partial(repair_layers, bench))
     else:
         steps = [partial(cut_axis, bench, axis) for axis in AXES if axis in options.axes]
         if LAYERS in options.axes:
-            steps.append(partial(cut_layers, bench, swept))
+            steps.append(partial(cut_layers, bench))
     for step in steps:
         step()
         write(options.json, bench, texts)

@@ -52,7 +52,7 @@ from minipuzzle.selection import Selection
 from minipuzzle.source import resolve
 
 SHARES = (0.1, 0.2, 0.3)
-REPAIRED = 2  # of ours for each kind of cut, the best before repair
+REPAIRED = 2  # cuts of ours with one width, and with a width per layer: the best before repair
 OURS, TORCH_PRUNING, SHORTGPT = "ours", "Torch-Pruning", "ShortGPT"
 PARTS = ("peers", "ours", "blocks")
 FIGURES = {
@@ -164,7 +164,7 @@ def our_widths(contest: Contest, share: float) -> None:
         cuts.append((excess, plan, selection, student))
     for one_width in (True, False):
         kind = (cut for cut in cuts if (cut[1].widths is None) == one_width)
-        for _, plan, selection, student in sorted(kind, key=lambda cut: cut[0])[: REPAIRED // 2]:
+        for _, plan, selection, student in sorted(kind, key=lambda cut: cut[0])[:REPAIRED]:
             contest.enter_repaired(student, selection, **row, how=vars(plan))
 
 
@@ -214,11 +214,9 @@ def cut_blocks(contest: Contest, share: float, swept: torch.Tensor) -> None:
         row["how"] = {"metric": metric, "blocks": gone}
         started = time.monotonic()
         student = sliced(contest.teacher, selection)
-        excess = contest.enter(student.module, started, **row, state="cut")
-        cuts.append((method == OURS, excess, row, selection, student))
-    peers = [cut for cut in cuts if not cut[0]]
-    ours = sorted((cut for cut in cuts if cut[0]), key=lambda cut: cut[1])
-    for _, _, row, selection, student in [*ours[:REPAIRED], *peers]:
+        contest.enter(student.module, started, **row, state="cut")
+        cuts.append((row, selection, student))
+    for row, selection, student in cuts:
         contest.enter_repaired(student, selection, **row)
 
 

@@ -194,19 +194,25 @@ def test_numbers_of_units_are_the_nearest_and_never_repeat() -> None:
 def test_every_ranking_of_an_axis_is_measured(tmp_path: Path) -> None:
     model = load(write_tiny(tmp_path / "hybrid"))
     ids = torch.randint(0, 97, (3, 24), generator=torch.Generator().manual_seed(1))
-    scores = score(model, ids, {}, metrics=("hidden_mse",))
-    bench = ablate_scores.Bench(model, scores, ids, ids, {})
+    scores = score(model, ids, {}, metrics=LAYER_METRICS)
+    bench = ablate_scores.Bench(model, scores, ids, ids, {}, ids)
     ablate_scores.cut_axis(bench, "query_heads")
     ablate_scores.cut_axis(bench, "hidden")
     by = {row["by"] for row in bench.rows if row["axis"] == "query_heads"}
     assert {"order", "reverse", "random 1", "random 2", "random 3", "energy"} <= by
     assert all(row["kl"] > 0 for row in bench.rows)
+    ablate_scores.cut_layers(bench)
+    layers = [row for row in bench.rows if row["axis"] == "layers"]
+    assert {len(row["layers"]) for row in layers} == {1, 2}
+    assert {"hidden_mse", "kl, iterative", "order", "reverse", "random 3"} <= {
+        row["by"] for row in layers
+    }
     path = tmp_path / "scores.json"
     ablate_scores.write(path, bench, {"search_tokens": 72})
     bench.rows = [row for row in bench.rows if row["axis"] == "hidden"]
     ablate_scores.write(path, bench, {"search_tokens": 72})
     record = json.loads(path.read_text())
-    assert {row["axis"] for row in record["rows"]} == {"query_heads", "hidden"}
+    assert {row["axis"] for row in record["rows"]} == {"query_heads", "hidden", "layers"}
     assert len(record["rows"]) == len({(r["axis"], r["by"], r["removed"]) for r in record["rows"]})
 
 
