@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from figures import command, device, record, versions
-from our_cuts import narrowed, plans, selection_by, selection_of, sliced, uniform, without
+from our_cuts import Prices, narrowed, plans, selection_by, selection_of, sliced, uniform, without
 from peer_pruners import (
     IMPORTANCES,
     SETTINGS,
@@ -43,6 +43,7 @@ from minipuzzle.model import Model, clone, load
 from minipuzzle.prune.constraints import SLICEABLE
 from minipuzzle.prune.depth import REMOVAL_ORDER
 from minipuzzle.prune.iterative import Iteration
+from minipuzzle.prune.prices import channel_prices, loss_metrics
 from minipuzzle.prune.repair import repair
 from minipuzzle.prune.score import score
 from minipuzzle.prune.select import select
@@ -70,6 +71,7 @@ class Contest:
 
     teacher: Model
     scores: Scores
+    prices: Prices
     calibration: torch.Tensor
     choosing: torch.Tensor
     measuring: torch.Tensor
@@ -155,7 +157,7 @@ def our_widths(contest: Contest, share: float) -> None:
     row = {"cut": "widths", "share": share, "method": OURS}
     cuts = []
     for plan in plans(contest.architecture):
-        selection = selection_by(contest.teacher, contest.scores, plan, share)
+        selection = selection_by(contest.teacher, contest.scores, contest.prices, plan, share)
         if selection is None:
             continue
         started = time.monotonic()
@@ -234,6 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     contest = Contest(
         teacher,
         score(teacher, scored, {}, metrics=LAYER_METRICS, layer_sequences=len(swept)),
+        channel_prices(teacher, scored, loss_metrics(teacher, scored)),
         calibration,
         search[: options.choosing],
         search[options.choosing :],

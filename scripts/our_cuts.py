@@ -7,7 +7,7 @@ width per layer are therefore made in memory here, like those of Torch-Pruning's
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from minipuzzle.architecture import Architecture
 from minipuzzle.families import parameter_count
 from minipuzzle.model import Model, clone, load
 from minipuzzle.prune.constraints import SLICEABLE
+from minipuzzle.prune.prices import widths_by_price
 from minipuzzle.prune.select import select
 from minipuzzle.prune.slice import slice_checkpoint
 from minipuzzle.prune.widths import share_widths
@@ -88,12 +89,18 @@ def without(
     return Selection(tuple(None if i in out else {} for i in range(len(architecture.layers))))
 
 
+PRICES = "prices"
+FLOOR = 1  # channels that every layer keeps
+Prices = Mapping[int, torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Plan:
     """What of ours is cut beside FFN channels, which make up the rest.
 
     `metric`: of the channels. `widths`: (metric of channels, of layers or None) by which the layers
-    share the channels; None: the same number each.
+    share the channels, or (PRICES, None): by what each channel costs the loss; None: the same
+    number each.
     """
 
     metric: str = "surgeon"
@@ -108,6 +115,7 @@ def plans(architecture: Architecture) -> Iterator[Plan]:
     yield from (Plan(metric) for metric in ("surgeon", "energy", "flap"))
     yield from (Plan(widths=("flap", layers)) for layers in (None, "hidden_mse", "kl"))
     yield Plan(widths=("energy", "kl"))
+    yield Plan(widths=(PRICES, None))
     attention = architecture.layers[architecture.indices("attention")[0]]
     queries, keys = (getattr(attention, axis) for axis in ("query_heads", "kv_heads"))
     if queries > keys:
@@ -117,7 +125,9 @@ def plans(architecture: Architecture) -> Iterator[Plan]:
     yield from (Plan(blocks=number) for number in (1, 2))
 
 
-def selection_by(teacher: Model, scores: Scores, plan: Plan, share: float) -> Selection | None:
+def selection_by(
+    teacher: Model, scores: Scores, prices: Prices, plan: Plan, share: float
+) -> Selection | None:
     """The plan's selection nearest to `share` of the parameters; None if it cannot be had."""
     architecture, family = teacher.architecture, teacher.family
     ffns = architecture.indices("ffn")
@@ -128,7 +138,8 @@ def selection_by(teacher: Model, scores: Scores, plan: Plan, share: float) -> Se
             scores,
             architecture,
             removed=plan.blocks,
-            sizes=heads_of(plan) | {"width": widths_of(architecture, scores, plan, channels)},
+            sizes=heads_of(plan)
+            | {"width": widths_of(architecture, scores, prices, plan, channels)},
             metrics={"width": plan.metric},
             units=family.removable(architecture),
             constraints=SLICEABLE,
@@ -156,12 +167,14 @@ def heads_of(plan: Plan) -> dict[str, int]:
 
 
 def widths_of(
-    architecture: Architecture, scores: Scores, plan: Plan, channels: int
+    architecture: Architecture, scores: Scores, prices: Prices, plan: Plan, channels: int
 ) -> int | dict[int, int]:
     """The width of all FFN layers, or of each, of so many channels in all."""
     if plan.widths is None:
         return channels // len(architecture.indices("ffn"))
     metric, layer_metric = plan.widths
+    if metric == PRICES:
+        return widths_by_price(prices, channels, floor=FLOOR)
     return share_widths(
         scores,
         architecture,

@@ -24,6 +24,7 @@ from minipuzzle.families import parameter_count
 from minipuzzle.masks import masked
 from minipuzzle.metrics import LAYER_METRICS
 from minipuzzle.model import Model, load
+from minipuzzle.prune.prices import channel_prices, loss_metrics
 from minipuzzle.prune.score import score
 from minipuzzle.recipe import Recipe, demo_recipe
 from minipuzzle.selection import Selection
@@ -42,7 +43,8 @@ def ids() -> torch.Tensor:
 
 def contest(model: Model, ids: torch.Tensor) -> compare_pruners.Contest:
     scores = score(model, ids, {}, metrics=LAYER_METRICS)
-    return compare_pruners.Contest(model, scores, ids, ids[:2], ids[2:], {"ridge": 1e-3})
+    prices = channel_prices(model, ids, loss_metrics(model, ids))
+    return compare_pruners.Contest(model, scores, prices, ids, ids[:2], ids[2:], {"ridge": 1e-3})
 
 
 def test_block_influence_equals_the_formula_on_the_stock_models_states(
@@ -94,7 +96,7 @@ def test_plans_meet_the_share_to_half_a_channel(llama: Model, ids: torch.Tensor)
     per_channel = 3 * 32 * 3  # gate, up and down of three blocks
     seen = 0
     for plan in our_cuts.plans(llama.architecture):
-        selection = our_cuts.selection_by(llama, found.scores, plan, 0.2)
+        selection = our_cuts.selection_by(llama, found.scores, found.prices, plan, 0.2)
         if selection is None:
             continue
         seen += 1
