@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from figures import RESULTS, record
+from figures import RESULTS, device, record
 from torch import nn
 
 from minipuzzle.architecture import Architecture, FFNLayer, MambaLayer
@@ -290,6 +290,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def measured_before(path: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """The other cuts of the same model on the same search text that a results file holds."""
+    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    same = all(known.get(key) == result[key] for key in ("parameters", "search_tokens"))
+    cuts: dict[str, Any] = known["cuts"] if same else {}
+    return cuts
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all cuts, write the results file and the figures."""
     options = parse(arguments)
@@ -307,10 +315,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     options.results.mkdir(parents=True, exist_ok=True)
     path = options.json or options.results / f"repair_gap_{options.suffix}.json"
+    result["cuts"] = measured_before(path, result)
     steps = {cut: int(number) for cut, _, number in (s.partition("=") for s in options.steps)}
     for cut in options.cuts:
         own = settings | ({"steps": steps[cut]} if cut in steps else {})
-        result["cuts"][cut] = measure(bench, cut, recipe, own)
+        found = measure(bench, cut, recipe, own)
+        source = recipe.data.calibration.source
+        result["cuts"][cut] = {**found, "calibration": source, "device": device()}
         print(cut, json.dumps(result["cuts"][cut]), flush=True)
         atomic_write_json(path, result)
         value = round(result["cuts"][cut]["gap_closed"], 2)
