@@ -20,15 +20,15 @@ __all__ = ["UNIT_METRICS", "Sizes", "least_important", "select", "top_units"]
 Sizes = Mapping[str, int | Mapping[int, int]]
 """Axis -> units that every layer keeps, or layer -> units that it keeps (others: all)."""
 
-# Best first; the first one that was measured counts. Mamba heads go by the published score, because
-# output energy is far worse for them (arXiv 2504.11409, table 3).
+# Best first; the first one that was measured counts. By docs/how-scores-compare.md:
+# after repair where that was measured (channels of FFN and heads of Mamba), else after the cut.
 UNIT_METRICS: dict[str, tuple[str, ...]] = {
     "width": ("surgeon", "energy", "activation"),
-    "groups": ("activation", "energy"),
-    "heads": ("activation", "energy"),
-    "head_dim": ("activation", "energy"),
-    "kv_heads": ("energy", "activation"),
-    "query_heads": ("energy", "activation"),
+    "groups": ("energy", "activation"),
+    "heads": ("surgeon", "energy", "activation"),
+    "head_dim": ("energy", "activation"),
+    "kv_heads": ("flap", "energy", "activation"),
+    "query_heads": ("flap", "energy", "activation"),
     "hidden": ("activation", "energy"),
 }
 

@@ -110,7 +110,7 @@ def test_controls_rank_without_scores() -> None:
 def test_heads_go_equally_from_every_group() -> None:
     heads = kept_of("heads", 0, sizes={"heads": 16})
     assert [sum(head // 8 == group for head in heads) for group in range(4)] == [4, 4, 4, 4]
-    values = SCORES.units[0, "heads", "activation"]
+    values = SCORES.units[0, "heads", "energy"]
     for group in range(4):
         own = [head for head in heads if head // 8 == group]
         rest = [h for h in range(8 * group, 8 * group + 8) if h not in own]
@@ -181,7 +181,7 @@ def test_without_constraints_anything_can_be_shown() -> None:
         SCORES, HYBRID, sizes={"heads": 5, "width": 3, "hidden": 7}, constraints=None
     ).layers[0]
     assert free is not None and len(free["heads"]) == 5
-    values = SCORES.units[0, "heads", "activation"]
+    values = SCORES.units[0, "heads", "energy"]
     assert set(free["heads"]) == set(values.argsort(descending=True)[:5].tolist())
     sliceable = select(SCORES, HYBRID, sizes={"heads": 12, "width": 3}, constraints=SLICEABLE)
     cut = sliceable.apply(HYBRID)
