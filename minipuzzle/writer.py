@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -84,6 +85,8 @@ class CheckpointWriter:
             self._headers[path], entries = lay_out(path, shard)
             self._entries |= entries
         self._files: dict[Path, int] = {}
+        # The kernel lets one thread at a time write a file and has the others spin: these sleep.
+        self._turn = threading.Lock()
         self._written: set[str] = set()
 
     @property
@@ -104,7 +107,8 @@ class CheckpointWriter:
             assert block.dtype == plan.dtype, f"{name}: {block.dtype}, planned {plan.dtype}"
             raw = tensor_bytes(block)
             assert place + len(raw) <= entry.stop, f"{name} is larger than planned"
-            _write_at(self._files[entry.shard], raw, place)
+            with self._turn:
+                _write_at(self._files[entry.shard], raw, place)
             place += len(raw)
         assert place == entry.stop, f"{name} is smaller than planned"
         self._written.add(name)
