@@ -7,12 +7,14 @@ H heads, P head dim, N state size, G groups, R = H // G, J taps of the convoluti
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minipuzzle.families import OPERATIONS
 from minipuzzle.fastops import conv_silu, gated_rms_norm, relu_squared, rms_norm
 from minipuzzle.ssd import scan_with_state, ssd_reference, ssd_scan
 
@@ -144,11 +146,14 @@ def _taps_and_bias(conv: nn.Conv1d) -> tuple[Tensor, Tensor]:
     return taps, taps.new_zeros(taps.shape[1]) if conv.bias is None else conv.bias.float()
 
 
-_FAST_FORWARD = {
-    "NemotronHMamba2Mixer": _mixer_forward,
-    "NemotronHRMSNorm": _norm_forward,
-    "NemotronHRMSNormGated": _gated_norm_forward,
-    "ReLUSquaredActivation": _relu_squared_forward,
+_OF_OPERATION: dict[str, Callable[..., Any]] = {
+    "mamba2": _mixer_forward,
+    "rms_norm": _norm_forward,
+    "gated_rms_norm": _gated_norm_forward,
+}
+_FAST_FORWARD: dict[str, Callable[..., Any]] = {  # by the module's class
+    **{name: _OF_OPERATION[what] for name, what in OPERATIONS.items()},
+    "ReLUSquaredActivation": _relu_squared_forward,  # transformers', of no family
 }
 
 
@@ -164,7 +169,7 @@ def install(model: nn.Module) -> int:
         name = type(module).__name__
         if name in _FAST_FORWARD and "forward" not in vars(module):
             module.forward = types.MethodType(_FAST_FORWARD[name], module)
-            changed += name == "NemotronHMamba2Mixer"
+            changed += _FAST_FORWARD[name] is _mixer_forward
     return changed
 
 
@@ -176,5 +181,5 @@ def uninstall(model: nn.Module) -> int:
         own = getattr(vars(module).get("forward"), "__func__", None)
         if own is not None and own is _FAST_FORWARD.get(name):
             del module.forward
-            changed += name == "NemotronHMamba2Mixer"
+            changed += _FAST_FORWARD[name] is _mixer_forward
     return changed

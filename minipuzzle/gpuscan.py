@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minipuzzle.families import OPERATIONS
+
 CHUNK = 128
 
 
@@ -156,11 +158,12 @@ def _is_plain(module: Any, *tensors: Tensor) -> bool:
     return all(tensor.dtype == module.weight.dtype for tensor in tensors)
 
 
-FORWARD: dict[str, Callable[..., Any]] = {
-    "NemotronHMamba2Mixer": _mixer_forward,
-    "NemotronHRMSNorm": _norm_forward,
-    "NemotronHRMSNormGated": _gated_norm_forward,
+_OF_OPERATION: dict[str, Callable[..., Any]] = {
+    "mamba2": _mixer_forward,
+    "rms_norm": _norm_forward,
+    "gated_rms_norm": _gated_norm_forward,
 }
+FORWARD = {name: _OF_OPERATION[what] for name, what in OPERATIONS.items()}  # by the module's class
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -168,7 +168,7 @@ class RunFolder:
             "files": _sizes(partial),
             "started": journal.started,
             "seconds": round(journal.seconds(), 3),
-            "versions": _versions(),
+            "versions": package_versions(PACKAGES),
         }
         atomic_write_json(partial / STAGE_FILE, record)
         self._publish(artefact)
@@ -242,9 +242,10 @@ def _plain(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _versions() -> dict[str, str]:
+def package_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of Python and of those of the packages that are installed."""
     found = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -71,6 +71,17 @@ def differing_tensor(source: Path, target: Path, selection: Selection) -> str | 
     return None
 
 
+def compared_share(target: Path) -> float:
+    """Part of a written checkpoint's bytes that `differing_tensor` compares; 1 for small ones."""
+    written = Checkpoint.open(target)
+    compared = 0
+    for name in written.names:
+        shape, itemsize = written.shape(name), written.dtype(name).itemsize
+        rows = sum(part.stop - part.start for part in _compared_rows(shape, itemsize))
+        compared += rows * torch.Size(shape[1:]).numel() * itemsize
+    return compared / written.total_bytes
+
+
 def _compared_rows(shape: tuple[int, ...], itemsize: int) -> Iterator[slice]:
     """All rows in blocks, or COMPARED_BLOCKS evenly spaced blocks of a tensor with more of them."""
     rows = shape[0] if shape else 1

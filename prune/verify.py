@@ -21,7 +21,7 @@ from minipuzzle.streaming import stream
 from minipuzzle.units import format_bytes
 from minipuzzle.walk import Walk
 
-from .slice import differing_tensor
+from .slice import compared_share, differing_tensor
 
 TOLERANCE = 1e-3  # largest difference of fp32 logits; rounding on real models stays below 1e-4
 STREAMED_TOKENS = 64  # every weight is read for them all the same
@@ -77,6 +77,7 @@ def verify_cut(
         "parameters": real,
         "tensors": len(checkpoint.names),
         "bit_identical_slices": True,
+        "compared_share": compared_share(folder),
         **asdict(logits),
     }
 

@@ -36,7 +36,7 @@ from minipuzzle.files import atomic_write_json
 from minipuzzle.masks import masked
 from minipuzzle.metrics import CONTROLS, LAYER_METRICS, LayerMetric
 from minipuzzle.model import Model, load
-from minipuzzle.prune.constraints import SLICEABLE
+from minipuzzle.prune.constraints import SLICEABLE, Constraints
 from minipuzzle.prune.depth import REMOVAL_ORDER
 from minipuzzle.prune.iterative import Iteration
 from minipuzzle.prune.repair import repair
@@ -81,6 +81,19 @@ class Bench:
     def architecture(self) -> Architecture:
         """Of the teacher."""
         return self.teacher.architecture
+
+    def narrowed(
+        self, axis: str, keep: int, metric: str, seed: int, constraints: Constraints | None
+    ) -> Selection:
+        """The cut that leaves `keep` units of an axis, ranked by a metric."""
+        return select(
+            self.scores,
+            self.architecture,
+            sizes={axis: keep},
+            metrics={axis: metric},
+            constraints=constraints,
+            seed=seed,
+        )
 
     def measure(self, module: nn.Module) -> Found:
         """Loss, its excess over the teacher's, and KL on the search text, nats."""
@@ -144,14 +157,7 @@ def cut_axis(bench: Bench, axis: str) -> None:
     units = units_of(bench.architecture, axis)
     for gone in counts(units, shares=bench.shares) if units else []:
         for name, metric, seed in rankings(bench, axis):
-            selection = select(
-                bench.scores,
-                bench.architecture,
-                sizes={axis: units - gone},
-                metrics={axis: metric},
-                constraints=None,
-                seed=seed,
-            )
+            selection = bench.narrowed(axis, units - gone, metric, seed, None)
             bench.mask(selection, axis=axis, by=name, removed=gone, units=units)
 
 
@@ -165,14 +171,7 @@ def repair_axis(bench: Bench, axis: str) -> None:
         for name, metric, seed in rankings(bench, axis):
             if metric in CONTROLS and name != "random 1":
                 continue
-            selection = select(
-                bench.scores,
-                bench.architecture,
-                sizes={axis: units - gone},
-                metrics={axis: metric},
-                constraints=SLICEABLE,
-                seed=seed,
-            )
+            selection = bench.narrowed(axis, units - gone, metric, seed, SLICEABLE)
             bench.mend(selection, axis=axis, by=name, removed=gone, units=units)
 
 

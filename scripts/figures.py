@@ -17,11 +17,11 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from minipuzzle.files import atomic_write_json
+from minipuzzle.runfolder import package_versions
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 FIELDS = {"value", "unit", "command", "device", "versions", "date"}
@@ -89,13 +89,7 @@ def device() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide speed and rounding."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return package_versions(PACKAGES)
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from minipuzzle.prune.slice import (
     COMPARED_BLOCKS,
     COMPARED_BYTES,
     _compared_rows,
+    compared_share,
     differing_tensor,
     slice_checkpoint,
 )
@@ -163,6 +164,7 @@ def test_the_streamed_cut_is_take_of_whole_tensors(
         whole = parent.tensor(old.name).view(INTEGERS[dtype.itemsize])
         assert same_bits(written.tensor(new.name), take(whole, index).view(dtype)), new.name
     assert differing_tensor(source, target, cut.selection) is None
+    assert compared_share(target) == 1.0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "model"]
 
 
@@ -403,3 +405,10 @@ def test_made_checkpoints_run_and_no_two_tensors_are_equal(tmp_path: Path) -> No
     selection = bench_prune.example_selection(loaded.architecture)
     slice_checkpoint(tmp_path / "model", tmp_path / "cut", selection)
     assert differing_tensor(tmp_path / "model", tmp_path / "cut", selection) is None
+
+
+def test_the_share_that_is_compared_is_told(tmp_path: Path) -> None:
+    rows = 4 * COMPARED_BLOCKS
+    large = torch.zeros(rows, COMPARED_BYTES // 4)  # a block holds one row
+    write_checkpoint(tmp_path / "large", {}, {"large": large}.items(), sync=False)
+    assert compared_share(tmp_path / "large") == 0.25

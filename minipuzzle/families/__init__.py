@@ -11,7 +11,21 @@ from minipuzzle.families.table import Family, Probe, TensorLayout, TensorSpec, p
 
 FAMILIES = {family.name: family for family in (NEMOTRON_H, LLAMA)}
 
-__all__ = ["FAMILIES", "Family", "Probe", "TensorLayout", "TensorSpec", "parameter_count", "read"]
+OPERATIONS = {
+    name: what for family in FAMILIES.values() for name, what in family.operations.items()
+}
+"""Class of a module in memory -> what it computes, over all families."""
+
+__all__ = [
+    "OPERATIONS",
+    "FAMILIES",
+    "Family",
+    "Probe",
+    "TensorLayout",
+    "TensorSpec",
+    "parameter_count",
+    "read",
+]
 
 
 def read(config: Mapping[str, Any]) -> tuple[Family, Architecture]:

@@ -204,6 +204,11 @@ NEMOTRON_H = Family(
     },
     norms=dict.fromkeys(("mamba", "attention", "ffn"), "norm"),
     mixers=dict.fromkeys(("mamba", "attention", "ffn"), "mixer"),
+    operations={
+        "NemotronHMamba2Mixer": "mamba2",
+        "NemotronHRMSNorm": "rms_norm",
+        "NemotronHRMSNormGated": "gated_rms_norm",
+    },
     read_config=read_config,
     write_config=write_config,
 )

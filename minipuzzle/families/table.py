@@ -7,13 +7,16 @@ is a new table and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal
 
 from minipuzzle.architecture import Architecture, Kind, Layer
 
 Role = Literal["embedding", "head", "reads", "writes", "inner", "norm", "inner_norm"]
+
+Operation = Literal["mamba2", "rms_norm", "gated_rms_norm"]
+"""What a module of the stock model computes, where minipuzzle has a faster way of its own."""
 
 Segment = tuple[str, ...]
 """A product of axes, the first one slowest: `("heads", "head_dim")` is heads x head_dim units."""
@@ -85,6 +88,7 @@ class Family:
     read_config: Callable[[Mapping[str, Any]], Architecture]
     write_config: Callable[[Mapping[str, Any], Architecture], dict[str, Any]]
     block: tuple[Kind, ...] = ()  # layers that share a block, in order; (): a block for each
+    operations: Mapping[str, Operation] = field(default_factory=dict)  # class in memory -> what
 
     @property
     def layers_per_block(self) -> int:
