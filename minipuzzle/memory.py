@@ -68,7 +68,8 @@ class Memory:
         return asdict(self) | {"total": self.total}
 
 
-def _bytes(elements: int, precision: str) -> int:
+def stored_bytes(elements: int, precision: str) -> int:
+    """Bytes of a number of elements, rounded up."""
     return ceil(elements * BITS[precision] / 8)
 
 
@@ -107,10 +108,10 @@ def memory(architecture: Architecture, family: Family, deployment: Deployment) -
     layers, batch = architecture.layers, deployment.batch
     tokens = batch * deployment.context
     return Memory(
-        weights=_bytes(layer_parameters(architecture, family), deployment.weights),
-        embeddings=_bytes(embedding_parameters(architecture, family), deployment.embeddings),
-        kv_cache=_bytes(tokens * sum(map(kv_elements_per_token, layers)), deployment.kv),
-        ssm_state=_bytes(batch * sum(map(ssm_state_elements, layers)), deployment.state),
-        conv_state=_bytes(batch * sum(map(conv_state_elements, layers)), deployment.conv),
+        weights=stored_bytes(layer_parameters(architecture, family), deployment.weights),
+        embeddings=stored_bytes(embedding_parameters(architecture, family), deployment.embeddings),
+        kv_cache=stored_bytes(tokens * sum(map(kv_elements_per_token, layers)), deployment.kv),
+        ssm_state=stored_bytes(batch * sum(map(ssm_state_elements, layers)), deployment.state),
+        conv_state=stored_bytes(batch * sum(map(conv_state_elements, layers)), deployment.conv),
         reserve=deployment.reserve_bytes,
     )
