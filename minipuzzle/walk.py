@@ -83,7 +83,10 @@ class Walk:
 
         `axes` narrows the layer; rows are processed in chunks of about `tokens_per_chunk` tokens.
         """
-        sublayer = self.sublayer(i) if not axes else self._narrow(i, axes)
+        return self.through(i, self.sublayer(i) if not axes else self._narrow(i, axes), hidden)
+
+    def through(self, i: int, sublayer: Sublayer, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden (B, T, D) -> hidden (B, T, D) by any layer that stands in layer i's place."""
         context = self._context(i, hidden)
         rows = max(1, self.tokens_per_chunk // hidden.shape[1])
         if len(hidden) <= rows:
