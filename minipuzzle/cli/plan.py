@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from minipuzzle.units import parse_bytes, parse_tokens
 
@@ -13,9 +14,26 @@ NAMES = ["nvfp4", "int4", "fp8", "bf16", "fp32"]
 PRECISION: dict[str, Any] = {"type": click.Choice(NAMES), "metavar": "PRECISION"}
 
 
+def _list_presets(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    """`--preset list` needs no model: print and leave."""
+    if value == "list":
+        from minipuzzle.deployments import listing
+
+        click.echo(listing())
+        context.exit()
+    return value
+
+
 @click.command()
 @click.argument("model")
 @click.option("--revision", metavar="REVISION", help="Branch, tag or commit of a hub model.")
+@click.option(
+    "--preset",
+    metavar="NAME",
+    is_eager=True,
+    callback=_list_presets,
+    help="Deployment and budget by name; `list` shows them. Other options change it.",
+)
 @click.option("--budget", metavar="SIZE", help='Memory it may take: "31.7GiB", or "83%" of it.')
 @click.option(
     "--context", default="2k", show_default=True, metavar="TOKENS", help="k = 2^10, M = 2^20."
@@ -39,11 +57,10 @@ PRECISION: dict[str, Any] = {"type": click.Choice(NAMES), "metavar": "PRECISION"
 def command(
     model: str,
     revision: str | None,
+    preset: str | None,
     budget: str | None,
-    context: str,
-    reserve: str,
     as_json: bool,
-    **others: Any,
+    **fields: Any,
 ) -> None:
     """Show what a deployment needs in memory, and what a budget removes.
 
@@ -51,14 +68,26 @@ def command(
     A PRECISION is nvfp4 (4.5 bits), int4, fp8, bf16 or fp32.
 
     \b
-    Example:
+    Examples:
+      minipuzzle plan MODEL --preset rtx4090-32k --context 128k
       minipuzzle plan MODEL --budget 31.7GiB --context 1M --weights nvfp4 --kv nvfp4
     """
-    from minipuzzle.memory import Deployment
+    from minipuzzle import deployments
     from minipuzzle.plan import plan, render
 
-    deployment = Deployment(
-        context=parse_tokens(context), reserve_bytes=parse_bytes(reserve), **others
-    )
+    if preset is not None:
+        fields = {name: value for name, value in fields.items() if _given(name)}
+        budget = budget or deployments.find(preset).budget
+    if "context" in fields:
+        fields["context"] = parse_tokens(fields["context"])
+    if "reserve" in fields:
+        fields["reserve_bytes"] = parse_bytes(fields.pop("reserve"))
+    deployment = deployments.deployment(preset, fields)
     made = plan(model, revision=revision, budget=budget, deployment=deployment)
     click.echo(json.dumps(made.to_json(), indent=2) if as_json else render(made))
+
+
+def _given(option: str) -> bool:
+    """Whether an option stands on the command line."""
+    source = click.get_current_context().get_parameter_source(option)
+    return source is not ParameterSource.DEFAULT
