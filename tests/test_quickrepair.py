@@ -1,0 +1,237 @@
+"""The quick repair: its closed form against plain least squares, and what candidates gain by it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from minipuzzle import model
+from minipuzzle.errors import UserError
+from minipuzzle.prune.moments import Moments
+from minipuzzle.prune.refit import capturing
+from minipuzzle.search import quickrepair
+from minipuzzle.search.quickrepair import Cache, Place, QuickRepair
+from minipuzzle.selection import Selection
+from minipuzzle.walk import Walk, narrow_layer
+from tests.tiny import write_tiny
+
+IDS = torch.randint(0, 97, (40, 32), generator=torch.Generator().manual_seed(3))
+RIDGE = 1e-3
+WIDTH = {"width": tuple(range(0, 48, 2))}
+QUERIES, KV = {"query_heads": (0, 3)}, {"kv_heads": (1,), "query_heads": (2, 3)}
+MAMBA = {"heads": (0, 1, 4, 7)}
+FEWER_GROUPS = {"groups": (1,), "heads": (4, 5, 6, 7)}
+
+# M - M * - M -
+NEMOTRON: dict[str, Selection] = {
+    "width": Selection(({}, WIDTH, {}, {}, WIDTH, {}, {})),
+    "layer": Selection(({}, {}, None, {}, {}, {}, {})),
+    "run": Selection(({}, None, None, None, WIDTH, {}, {})),
+    "first": Selection((None, {}, {}, {}, {}, {}, {})),
+    "last": Selection(({}, {}, {}, {}, WIDTH, None, None)),
+    "heads": Selection((MAMBA, {}, MAMBA, {}, None, MAMBA, {})),
+    "groups": Selection((FEWER_GROUPS, {}, {}, {}, {}, {}, {})),
+    "queries": Selection(({}, {}, None, QUERIES, {}, {}, {})),
+}
+# three blocks of attention and gated FFN
+LLAMA: dict[str, Selection] = {
+    "block": Selection(({}, {}, None, None, {}, WIDTH)),
+    "last": Selection(({}, {}, KV, WIDTH, None, None)),
+}
+CASES = [
+    *(("nemotron_h", name, cut) for name, cut in NEMOTRON.items()),
+    *(("llama", name, cut) for name, cut in LLAMA.items()),
+]
+CASE_IDS = [f"{family}-{name}" for family, name, _ in CASES]
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, model.Model]:
+    root = tmp_path_factory.mktemp("models")
+    names = ("nemotron_h", "llama")
+    return {name: model.load(write_tiny(root / name, family=name)) for name in names}
+
+
+@pytest.fixture(scope="module")
+def makers(teachers: dict[str, model.Model]) -> dict[str, QuickRepair]:
+    return {name: QuickRepair(teacher, IDS) for name, teacher in teachers.items()}
+
+
+def streams(teacher: model.Model) -> list[torch.Tensor]:
+    """The teacher's stream before every layer and after the last, (B, T, D) each."""
+    walk = Walk(teacher)
+    found = [walk.embed(IDS)]
+    for i in range(walk.num_layers):
+        found.append(walk.layer(i, found[-1]))
+    return found
+
+
+def least_squares(teacher: model.Model, selection: Selection, i: int) -> torch.Tensor:
+    """Output of layer i on the calibration text after a direct fit of its writer, (B, T, D)."""
+    h, kept = streams(teacher), list(selection.kept)
+    before = h[kept[kept.index(i) - 1] + 1] if i != kept[0] else h[0]
+    after = h[-1] if i == kept[-1] else h[i + 1]
+    layer = narrow_layer(teacher, i, selection.layers[i] or {})
+    kind = teacher.architecture.layers[i].kind
+    name = teacher.family.writer(kind).name.removesuffix(".weight").rpartition(".")[2]
+    writer: Any = layer.mixer.get_submodule(name)
+    walk = Walk(teacher)
+    with capturing(writer) as seen:
+        walk.through(i, layer, before)
+    u = torch.cat(seen).flatten(0, 1).double()
+    y = (after - before).flatten(0, 1).double()
+    pull = (RIDGE * u.square().sum(0).mean()).sqrt()
+    rows = torch.cat([u, pull * torch.eye(u.shape[1], dtype=torch.float64)])
+    wanted = torch.cat([y, pull * writer.weight.double().T])
+    fitted = torch.linalg.lstsq(rows, wanted).solution
+    output: torch.Tensor = before + (u @ fitted).reshape(before.shape).float()
+    return output
+
+
+@pytest.mark.parametrize(("family", "name", "cut"), CASES, ids=CASE_IDS)
+@torch.no_grad()
+def test_layers_are_those_of_a_direct_least_squares(
+    teachers: dict[str, model.Model],
+    makers: dict[str, QuickRepair],
+    family: str,
+    name: str,
+    cut: Selection,
+) -> None:
+    teacher, maker = teachers[family], makers[family]
+    h, fitted = streams(teacher), 0
+    for i in cut.kept:
+        place = Place.of(cut, i)
+        assert place is not None
+        stands_on = h[i - place.before]
+        output = maker.layer(cut, i)(stands_on)
+        if place.untouched:
+            assert torch.equal(output, h[i + 1])
+            continue
+        fitted += 1
+        torch.testing.assert_close(output, least_squares(teacher, cut, i), atol=2e-4, rtol=1e-4)
+        own = Walk(teacher).layer(i, stands_on, cut.layers[i])
+        aim = h[i + 1 + place.after]
+        assert (aim - output).square().sum() < 0.98 * (aim - own).square().sum()
+    assert fitted
+
+
+@pytest.mark.parametrize("family", ["nemotron_h", "llama"])
+@torch.no_grad()
+def test_keeping_all_gives_the_teachers_layers(
+    teachers: dict[str, model.Model], makers: dict[str, QuickRepair], family: str
+) -> None:
+    teacher, maker = teachers[family], makers[family]
+    whole = Selection.identity(teacher.architecture)
+    hidden = streams(teacher)
+    for i in whole.kept:
+        assert torch.equal(maker.layer(whole, i)(hidden[i]), hidden[i + 1])
+
+
+@torch.no_grad()
+def kl(teacher: model.Model, layers: list[Any]) -> float:
+    """KL(teacher || candidate) on the calibration text, nats per token."""
+    walk = Walk(teacher)
+    hidden = walk.embed(IDS)
+    for layer in layers:
+        hidden = layer(hidden)
+    ours = F.log_softmax(walk.logits(walk.final(hidden)), -1)
+    theirs = F.log_softmax(walk.logits(walk.states(IDS)), -1)
+    return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+
+
+@pytest.mark.parametrize(("family", "name", "cut"), CASES, ids=CASE_IDS)
+def test_repaired_candidates_are_nearer_to_the_teacher(
+    teachers: dict[str, model.Model],
+    makers: dict[str, QuickRepair],
+    family: str,
+    name: str,
+    cut: Selection,
+) -> None:
+    teacher, maker, walk = teachers[family], makers[family], Walk(teachers[family])
+    plain = [lambda h, i=i: walk.layer(i, h, cut.layers[i]) for i in cut.kept]
+    before, after = kl(teacher, plain), kl(teacher, [maker.layer(cut, i) for i in cut.kept])
+    assert after < 0.99 * before
+
+
+def test_keys_are_equal_where_layers_are(makers: dict[str, QuickRepair]) -> None:
+    maker = makers["nemotron_h"]
+    whole = Selection.identity(maker.teacher.architecture)
+    one, run, last = NEMOTRON["layer"], NEMOTRON["run"], NEMOTRON["last"]
+    assert maker.key(one, 2) is None
+    assert maker.key(one, 3) != maker.key(whole, 3)  # takes over from layer 2
+    assert maker.key(one, 4) == maker.key(whole, 4)
+    assert maker.key(NEMOTRON["width"], 4) != maker.key(run, 4)  # same channels, more to take over
+    # layer 4 is the last one: it takes over from what came after it
+    assert maker.key(last, 4) != maker.key(NEMOTRON["width"], 4)
+    assert hash(maker.key(one, 3)) == hash(maker.key(NEMOTRON["layer"], 3))
+
+
+def test_teacher_is_left_alone(teachers: dict[str, model.Model]) -> None:
+    for family, _, cut in CASES:
+        teacher = teachers[family]
+        before = {k: v.clone() for k, v in teacher.module.state_dict().items()}
+        maker = QuickRepair(teacher, IDS[:4])
+        for i in cut.kept:
+            maker.layer(cut, i)
+        after = teacher.module.state_dict()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_every_width_is_answered_by_the_same_sums(
+    teachers: dict[str, model.Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gathered: list[int] = []
+
+    class Counting(Moments):
+        def __init__(self, channels: int, *others: Any) -> None:
+            gathered.append(channels)
+            super().__init__(channels, *others)
+
+    monkeypatch.setattr(quickrepair, "Moments", Counting)
+    maker = QuickRepair(teachers["nemotron_h"], IDS[:4])
+    for width in (8, 16, 40):
+        maker.fitted(Place(1, (("width", tuple(range(width))),)))
+    assert gathered == [48]
+    maker.fitted(Place(0, (("heads", (0, 4)),)))  # a norm of the kept heads alone
+    assert gathered == [48, 16]
+
+
+def test_cache_keeps_what_was_asked_for_last() -> None:
+    made: list[str] = []
+
+    def make(key: str) -> str:
+        made.append(key)
+        return key
+
+    cache: Cache[str] = Cache(4, len)
+    for key in ("ab", "cd", "ab", "ef", "ab", "cd", "a long one", "ab"):
+        assert cache.get(key, lambda key=key: make(key)) == key  # type: ignore[misc]
+        assert cache.bytes <= 4 or len(cache) == 1
+    assert made == ["ab", "cd", "ef", "cd", "a long one", "ab"]
+
+
+def test_a_layer_thrown_away_is_made_again(teachers: dict[str, model.Model]) -> None:
+    teacher, cut = teachers["nemotron_h"], NEMOTRON["run"]
+    small, large = QuickRepair(teacher, IDS, cache_bytes=1), QuickRepair(teacher, IDS)
+    hidden = streams(teacher)[1]
+    for i in (*cut.kept, *cut.kept):
+        assert torch.equal(small.layer(cut, i)(hidden), large.layer(cut, i)(hidden))
+
+
+def test_cut_stream_is_refused(makers: dict[str, QuickRepair]) -> None:
+    cut = Selection(tuple({} for _ in range(7)), hidden=tuple(range(28)))
+    with pytest.raises(UserError, match=r"search.proxy to cut"):
+        makers["nemotron_h"].key(cut, 0)
+
+
+def test_infinite_activations_are_an_error(tmp_path: Path) -> None:
+    teacher = model.load(write_tiny(tmp_path / "tiny"))
+    with torch.no_grad():
+        teacher.module.get_parameter("model.layers.1.mixer.up_proj.weight")[4, 3] = torch.inf
+    maker = QuickRepair(teacher, IDS[:4])
+    with pytest.raises(UserError, match=r"writer of layer 1 .* not finite"):
+        maker.layer(NEMOTRON["width"], 1)
