@@ -29,7 +29,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def test_a_llama_is_scored_searched_cut_and_repaired(recipe: Path, tmp_path: Path) -> None:
-    settings = ["search.trials=3", "search.finalists=1", "search.finalist_steps=0", "budget=85%"]
+    settings = ["search.trials=3", "search.tournament.finalists=1", "budget=85%"]
     loaded, folder = Recipe.load(recipe, settings), RunFolder(tmp_path / "run")
     for stage in ("score", "search", "prune", "repair"):
         pipeline.run_stage(stage, loaded, folder)

@@ -26,7 +26,7 @@ data:
   search: {source: search.txt, block: 32}
   report: {source: report.txt, block: 32}
 score: {blocks: 4}
-search: {trials: 6, blocks: 4, finalists: 2, finalist_steps: 3, finalist_blocks: 8}
+search: {trials: 6, blocks: 4, tournament: {finalists: 2, blocks: 8, rungs: [{steps: 3}]}}
 repair: {blocks: 8}
 distill: {steps: 12, batch: 2, checkpoint_every: 3}
 eval: {blocks: 4, tasks: [], speed: {prompt: 8, tokens: 8, repeats: 1}}
