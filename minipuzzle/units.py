@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -26,6 +27,8 @@ BYTE_UNITS = {
     "TB": 10**12,
 }
 TOKEN_UNITS = {"": 1, "k": 2**10, "M": 2**20}
+PARAMETER_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+TIME_UNITS = {"us": Fraction(1, 10**6), "ms": Fraction(1, 1000), "s": Fraction(1)}
 _NUMBER = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z%]*)\s*\Z", re.ASCII)
 
 
@@ -45,6 +48,21 @@ class Budget:
             return self.bytes
         assert self.fraction is not None
         return math.floor(self.fraction * teacher_bytes)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A limit of something else: a ``fraction`` of the teacher's, or an ``amount``."""
+
+    fraction: Fraction | None = None
+    amount: Fraction | None = None
+
+    def of(self, teachers: float) -> float:
+        """The limit where the teacher has ``teachers``."""
+        if self.amount is not None:
+            return float(self.amount)
+        assert self.fraction is not None
+        return float(self.fraction * Fraction(teachers))
 
 
 def parse_bytes(text: str) -> int:
@@ -68,6 +86,29 @@ def parse_budget(text: str) -> Budget:
     if size == 0:
         raise UserError(f'budget "{text}" must be above zero')
     return Budget(bytes=size)
+
+
+def parse_parameters(text: str) -> Limit:
+    """``"4B"``, ``"6.9M"``, ``"83%"`` -> Limit in parameters (decimal). UserError otherwise."""
+    return _parse_limit(text, "number of parameters", PARAMETER_UNITS, '"4B" or "83%"')
+
+
+def parse_latency(text: str) -> Limit:
+    """``"12ms"``, ``"0.2s"``, ``"83%"`` -> Limit in seconds. UserError otherwise."""
+    return _parse_limit(text, "latency", TIME_UNITS, '"12ms" or "83%"')
+
+
+def _parse_limit(
+    text: str, what: str, units: Mapping[str, int | Fraction], example: str
+) -> Limit:
+    number, unit = _split(text, what, example)
+    if unit == "%" and 0 < number <= 100:
+        return Limit(fraction=number / 100)
+    if unit not in units:
+        raise UserError(_unit_message(text, what, unit, [u for u in units if u], example))
+    if number == 0:
+        raise UserError(f'{what} "{text}" must be above zero')
+    return Limit(amount=number * units[unit])
 
 
 def parse_tokens(text: str | int) -> int:

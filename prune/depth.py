@@ -47,9 +47,9 @@ def removed_layers(
     least = 0 if constraints is None else constraints.least_layers
     if isinstance(removed, Mapping):
         _check_numbers(scores, removed, least)
-        return _of_kinds(scores, _in_order(scores, metric, units), removed)
+        return _of_kinds(scores, units_in_order(scores, metric, units), removed)
     if isinstance(removed, int):
-        return _of_any_kind(scores, _in_order(scores, metric, units), removed, least)
+        return _of_any_kind(scores, units_in_order(scores, metric, units), removed, least)
     return _given(scores, removed, units, least)
 
 
@@ -60,7 +60,7 @@ def least_important(
     return removed_layers(scores, {kind: number}, metric=metric)
 
 
-def _in_order(scores: Scores, metric: str, units: Units) -> list[tuple[int, ...]]:
+def units_in_order(scores: Scores, metric: str, units: Units) -> list[tuple[int, ...]]:
     """Units of removal, the one to go first in front."""
     if metric == REMOVAL_ORDER:
         if not scores.removal_order:
