@@ -37,6 +37,7 @@ def train(
     work: Path | None = None,
     held_out: Tensor | None = None,
     on_step: Callable[[Step], None] | None = None,
+    until: int | None = None,
 ) -> History:
     """Train every parameter of `student` in place on the teacher's distributions over `blocks`.
 
@@ -51,6 +52,8 @@ def train(
         held_out: (B', T') ids to evaluate on before the first and after the last step, and every
             `settings.evaluate_every` steps. Needs the teacher as a module.
         on_step: called after each step that is run (not for those of an earlier, killed run).
+        until: stop after so many steps in all, with a checkpoint in `work` from which another call
+            goes on; the rates are those of all `settings.steps`. None: go to the end.
 
     Returns:
         The history of all steps, those of an earlier run included.
@@ -69,19 +72,20 @@ def train(
     earlier = load_training(work, student, optimizer) if work else None
     done, threads = _resumed(earlier, identity)
     history = History.resume(work / HISTORY_FILE if work else None, done)
+    last = settings.steps if until is None else min(until, settings.steps)
     with _threads(threads):
-        for step in range(done, settings.steps):
+        for step in range(done, last):
             if judge and (step == 0 or _due(step, settings.evaluate_every)):
                 history.add(evaluate(student, *judge, step=step))
             entry = train_step(student, targets, blocks, optimizer, settings, step)
             history.add(entry)
-            if work and _due(step + 1, settings.checkpoint_every):
+            if work and (step + 1 == until or _due(step + 1, settings.checkpoint_every)):
                 note = {"training": identity, "threads": threads, "done": step + 1}
                 save_training(work, student, optimizer, note)
             if on_step:
                 on_step(entry)
-        if judge:
-            history.add(evaluate(student, *judge, step=settings.steps))
+        if judge and last == settings.steps:
+            history.add(evaluate(student, *judge, step=last))
     student.requires_grad_(False)
     return history
 
