@@ -11,7 +11,8 @@ layer stands on h_{j-n}: u and the stream are exact but for what the repair of e
 left. Where the last layers are gone, h_{j+1} is the stream after them. Sums of u u^T and u y^T
 answer for every choice of channels (FFN width, query heads): its problem is a part of the whole
 layer's. Where a norm over those channels stands before the writer (Mamba heads), u depends on the
-choice and the sums are gathered from the narrowed layer.
+choice and the sums are gathered from the narrowed layer; so are they for a narrower stream, of
+which only the kept channels are read and met.
 
 Letters: B sequences, T tokens, D hidden width, U channels that a writer reads.
 """
@@ -26,7 +27,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import nn
 
-from minipuzzle.errors import UserError
+from minipuzzle.architecture import Architecture
 from minipuzzle.families.table import axis_sizes
 from minipuzzle.model import Model
 from minipuzzle.prune.moments import Moments, ridge_solution
@@ -35,6 +36,8 @@ from minipuzzle.selection import Indices, LayerSelection, Selection
 from minipuzzle.slicing import dim_index, take
 from minipuzzle.streams import Stream
 from minipuzzle.walk import Sublayer, Walk, narrow_layer
+
+from .trie import cut_axes
 
 RIDGE = 1e-3
 CACHE_BYTES = 2**30  # of sums, and as many of layers
@@ -46,17 +49,19 @@ Value = TypeVar("Value")
 class Place:
     """All that a re-fitted layer depends on.
 
-    `axes`: what is kept of layer i; `before`: layers gone directly before it; `after`: layers gone
-    directly after it where no layer is left behind them (others are made up for by the next one).
+    `axes`: what is kept of layer i, where that is not all; `before`: layers gone directly before
+    it; `after`: layers gone directly after it where no layer is left behind them (others are made
+    up for by the next one); `channels`: those kept of the stream, None for all.
     """
 
     i: int
     axes: Axes = ()
     before: int = 0
     after: int = 0
+    channels: Indices | None = None
 
     @classmethod
-    def of(cls, selection: Selection, i: int) -> Place | None:
+    def of(cls, architecture: Architecture, selection: Selection, i: int) -> Place | None:
         """The place of layer i in a cut; None where it is gone."""
         axes = selection.layers[i]
         if axes is None:
@@ -65,16 +70,19 @@ class Place:
         position = kept.index(i)
         first = kept[position - 1] + 1 if position else 0
         after = len(selection.layers) - 1 - i if i == kept[-1] else 0
-        return cls(i, tuple(axes.items()), i - first, after)
+        cut = tuple(cut_axes(architecture.layers[i], axes).items())
+        channels = selection.hidden
+        whole = channels is None or len(channels) == architecture.hidden
+        return cls(i, cut, i - first, after, None if whole else channels)
 
     @property
     def untouched(self) -> bool:
         """Whether the teacher's own layer stands here."""
-        return not (self.axes or self.before or self.after)
+        return not (self.axes or self.before or self.after or self.channels)
 
 
 class QuickRepair:
-    """Makes the layers of candidates, re-fitted (a `Maker` of search/trie.py).
+    """Makes the layers of candidates, re-fitted (a `trie.Maker`).
 
     Holds the teacher's streams before all layers: (L + 1) x B x T x D values.
     """
@@ -96,17 +104,8 @@ class QuickRepair:
         self._layers: Cache[Sublayer] = Cache(cache_bytes, _bytes_of_layer)
 
     def key(self, selection: Selection, i: int) -> Hashable | None:
-        """Equal for layers that are the same; None where layer i is gone.
-
-        Raises:
-            UserError: for a cut of the stream's channels.
-        """
-        if selection.hidden is not None:
-            raise UserError(
-                "candidates with fewer hidden channels cannot be judged with a quick repair; "
-                "set search.proxy to cut"
-            )
-        return Place.of(selection, i)
+        """Equal for layers that are the same; None where layer i is gone."""
+        return Place.of(self.teacher.architecture, selection, i)
 
     def layer(self, selection: Selection, i: int) -> Callable[[torch.Tensor], torch.Tensor]:
         """Layer i of a candidate: hidden (B, T, D) -> hidden (B, T, D), the residual included.
@@ -114,7 +113,7 @@ class QuickRepair:
         Raises:
             UserError: when activations are not finite.
         """
-        place = Place.of(selection, i)
+        place = Place.of(self.teacher.architecture, selection, i)
         assert place is not None, f"layer {i} is gone"
         if place.untouched:
             return lambda hidden: self.walk.layer(i, hidden)
@@ -127,10 +126,10 @@ class QuickRepair:
 
     @torch.no_grad()
     def _fit(self, place: Place) -> Sublayer:
-        fitted = narrow_layer(self.teacher, place.i, dict(place.axes))
+        fitted = narrow_layer(self.teacher, place.i, dict(place.axes), place.channels)
         writer = self._writer(place.i, fitted)
         old = writer.weight
-        if self._has_inner_norm(place.i):
+        if place.channels or self._has_inner_norm(place.i):
             sums = self._sums.get(place, lambda: self._gather(place, fitted))
             gram, cross = sums.gram, sums.cross
         else:
@@ -167,6 +166,9 @@ class QuickRepair:
         stream = self.streams[place.i - place.before]
         target = self.streams[place.i + 1 + place.after]
         for hidden, aim in zip(stream, target, strict=True):
+            if place.channels:
+                kept = torch.tensor(place.channels, device=hidden.device)
+                hidden, aim = hidden[..., kept], aim[..., kept]
             with capturing(writer) as seen:
                 output = self.walk.through(place.i, layer, hidden)
             sums.add(torch.cat(seen).flatten(0, 1), (aim - output).flatten(0, 1))

@@ -59,13 +59,13 @@ class CutMaker:
         axes = selection.layers[i]
         if axes is None:
             return None
-        return self._channels(selection), tuple(_cut_axes(self._layers[i], axes).items())
+        return self._channels(selection), tuple(cut_axes(self._layers[i], axes).items())
 
     def layer(self, selection: Selection, i: int) -> LayerFunction:
         """The narrowed layer."""
         axes = selection.layers[i]
         assert axes is not None
-        axes, channels = _cut_axes(self._layers[i], axes), self._channels(selection)
+        axes, channels = cut_axes(self._layers[i], axes), self._channels(selection)
         if not axes and channels is None:
             return partial(self.walk.layer, i)
         return partial(self.walk.through, i, narrow_layer(self.walk.model, i, axes, channels))
@@ -75,7 +75,7 @@ class CutMaker:
         return None if whole else selection.hidden
 
 
-def _cut_axes(layer: Layer, axes: LayerSelection) -> LayerSelection:
+def cut_axes(layer: Layer, axes: LayerSelection) -> LayerSelection:
     """The axes that lose units, in a fixed order; a choice of groups with the units it implies."""
     completed = with_units_of_groups(layer, axes)
     return {axis: completed[axis] for axis in sorted(completed) if _loses(layer, axis, completed)}
