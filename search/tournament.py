@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -31,16 +31,24 @@ from minipuzzle.distill.stage import settings_of
 from minipuzzle.distill.teacher import Teacher, TeacherStates
 from minipuzzle.distill.trainer import train
 from minipuzzle.errors import UserError
-from minipuzzle.files import atomic_write_json, read_json, require_disk
+from minipuzzle.files import require_disk
 from minipuzzle.model import Model, load, save, stored_dtype
 from minipuzzle.prune.repair import repair
 from minipuzzle.prune.slice import slice_checkpoint
 from minipuzzle.recipe import Recipe
 from minipuzzle.scores import Scores
-from minipuzzle.selection import Selection
 
 from .finalists import finalists
 from .space import Space
+from .standings import (
+    Finalist,
+    Record,
+    note_ranks,
+    rank_table,
+    start_record,
+    task_mean,
+    value_after,
+)
 
 if TYPE_CHECKING:
     from minipuzzle.eval.harness import Tasks
@@ -50,7 +58,6 @@ if TYPE_CHECKING:
 FOLDER = "tournament"  # of records and, while it is held, of models
 STATES_BYTES = {"cpu": 2**30, "cuda": 8 * 2**30}  # of the teacher's answers, kept for all finalists
 TRAINING_BYTES = 12  # of a parameter in a training's checkpoint: itself and two moments
-Record = dict[str, Any]
 
 
 def hold_tournament(
@@ -85,8 +92,8 @@ def hold_tournament(
     assert chosen, "no trial fits"
     if len(chosen) == 1:
         progress.say(
-            "search: one finalist, so no tournament is held; the best candidate before healing is\n"
-            "taken, although ranks often change with repair and distillation"
+            "search: one finalist, so no tournament is held; it is the best before healing,\n"
+            "although ranks often change with repair and distillation"
         )
         return [start_record(chosen[0], space.selection(chosen[0].point, scores))]
     tournament = Tournament(recipe, model, work / FOLDER)
@@ -123,61 +130,6 @@ def check_tournament(recipe: Recipe) -> None:
                 f"search.tournament.tasks: the questions of {name!r} would be made from texts that "
                 f"data.report names too; name others in data.search"
             )
-
-
-def start_record(trial: Trial, selection: Selection) -> Record:
-    """What is known of a finalist before it plays."""
-    layers = [
-        None if axes is None else {axis: len(kept) for axis, kept in axes.items()}
-        for axes in selection.layers
-    ]
-    record = {**trial.to_json(), "layers": layers, "rungs": [], "ranks": {"proxy": 1}}
-    if selection.hidden is not None:
-        record["hidden"] = len(selection.hidden)
-    return record
-
-
-@dataclass
-class Finalist:
-    """A candidate that plays: what is cut for it, its models and its record, both on disk."""
-
-    trial: Trial
-    selection: Selection
-    work: Path
-    record: Record = field(init=False)
-
-    def __post_init__(self) -> None:
-        fresh = start_record(self.trial, self.selection)
-        found = read_json(self.path) or {}
-        if found.get("layers") == fresh["layers"]:
-            self.record = found | {"ranks": {}}  # given anew, for others may play this time
-        else:
-            self.record = fresh
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    @property
-    def number(self) -> int:
-        """That of the trial."""
-        return self.trial.number
-
-    @property
-    def path(self) -> Path:
-        """Of the record."""
-        return self.work / f"{self.number}.json"
-
-    @property
-    def folder(self) -> Path:
-        """Of its models and its training."""
-        return self.work / str(self.number)
-
-    def note(self, **values: Any) -> None:
-        """Add to the record."""
-        self.record |= values
-        atomic_write_json(self.path, self.record)
-
-    def after(self, steps: int) -> Record | None:
-        """What it was after a rung; None where it did not get so far."""
-        return next((rung for rung in self.record["rungs"] if rung["steps"] == steps), None)
 
 
 class Tournament:
@@ -351,37 +303,3 @@ class Tournament:
         sizes = [p.trial.costs.parameters for p in players if not p.folder.exists()]
         # one more training: a checkpoint is whole before it replaces the one before it
         require_disk(self.work, sum(sizes) * each + max(sizes, default=0) * TRAINING_BYTES)
-
-
-def value_after(player: Finalist, steps: int) -> float:
-    """The KL after a rung."""
-    found = player.after(steps)
-    assert found is not None
-    return float(found["kl"])
-
-
-def task_mean(record: Record) -> float:
-    """Accuracy over tasks, all counting the same."""
-    return fmean(record["tasks"].values())
-
-
-def note_ranks(ranked: Sequence[Finalist], column: str) -> None:
-    """Write the places, the best is 1, into the records of finalists in their order."""
-    for place, player in enumerate(ranked, 1):
-        player.note(ranks={**player.record["ranks"], column: place})
-
-
-def rank_table(records: Sequence[Record]) -> str:
-    """Ranks from the proxy to the last round, the best finalist first."""
-    columns = max((list(record["ranks"]) for record in records), key=len)
-    tasks = any("tasks" in record for record in records)
-    rows = []
-    for record in records:
-        last = record["rungs"][-1]["kl"] if record["rungs"] else record["repaired"]["kl"]
-        row = [f"#{record['number']}", *(str(record["ranks"].get(c, "-")) for c in columns)]
-        row.append(f"{last:.4f}")
-        if tasks:
-            row.append(f"{100 * task_mean(record):.1f} %" if "tasks" in record else "-")
-        rows.append(row)
-    headers = ["finalist", *columns, "last KL"] + (["accuracy"] if tasks else [])
-    return progress.table(headers, rows)

@@ -132,6 +132,18 @@ def test_stopped_and_started_again_ends_with_the_same_bits(stop: int, tmp_path: 
     assert read_history(stopped / HISTORY_FILE).steps == full.steps
 
 
+@pytest.mark.parametrize("every", [0, 3])
+def test_stopping_at_rungs_changes_no_bit(every: int, tmp_path: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, checkpoint_every=every)
+    expected = tiny(2)
+    full = train(expected, tiny(1), blocks(), settings)
+    for until in (0, 4, 4, 7, 12, 12, 99):  # the second 4: nothing is left to do
+        student = tiny(2)
+        history = train(student, tiny(1), blocks(), settings, work=tmp_path, until=until)
+        assert history.steps == full.steps[:until]
+    assert_same_bits(bits(student), bits(expected))
+
+
 def test_kill_9_at_a_random_moment(tmp_path: Path) -> None:
     """A real process, killed at some step; another one finishes its work."""
     alone, work = tmp_path / "alone", tmp_path / "killed"
