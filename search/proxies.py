@@ -68,11 +68,16 @@ class ProxyEvaluator:
             ]
         self.reference = torch.cat(parts)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of a sequence."""
+        return self.ids.shape[1]
+
     def __call__(
         self, selections: Sequence[Selection], *, blocks: slice | None = None
     ) -> list[Proxies]:
         """The proxies of candidates, in their order, on all sequences or some."""
-        return [mean_proxies(each, self.ids.shape[1]) for each in self.sums(selections, blocks)]
+        return [mean_proxies(each, self.tokens) for each in self.sums(selections, blocks)]
 
     @torch.no_grad()
     def sums(self, selections: Sequence[Selection], blocks: slice | None = None) -> torch.Tensor:
