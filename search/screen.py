@@ -140,7 +140,7 @@ def _scaled(value: float, here: float, whole: float) -> float:
 
 
 def stages(total: int) -> Iterator[tuple[int, int]]:
-    """(first, behind the last) sequence of each stage, after which 1, 2, 4, ..., `total` are seen."""
+    """(first, behind the last) sequence of each stage; 1, 2, 4, ..., `total` are seen after it."""
     start, stop = 0, 1
     while start < total:
         yield start, min(stop, total)
