@@ -24,8 +24,8 @@ class Latency(Protocol):
         """Seconds of one decoding step."""
         ...
 
-    def layer(self, layer: Layer) -> float:
-        """The part of one layer in it."""
+    def layer(self, layer: Layer, hidden: int | None = None) -> float:
+        """The part of one layer in it, in a stream of that width."""
         ...
 
 

@@ -8,7 +8,7 @@ in blocks, do so; the limits are linear in the options.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +133,7 @@ class _Program:
             own = {a: w if isinstance(w, int) else w.get(i) for a, w in sizes.items()}
             kept = narrowed(layer, own)
             price = sum(self._price(p, named[p.name]) for p in mine)
-            latency = 0.0 if model.latency is None else model.latency.layer(kept)
+            latency = 0.0 if model.latency is None else model.latency.layer(kept, self.hidden)
             size = model.layer(kept, self.hidden)
             bytes_ = model.layer_bytes(kept, self.hidden)
             options.append(Option(i, named, price, bytes_, size.weights, latency))
@@ -188,9 +188,9 @@ class _Program:
             room = limits.parameters - base.weights - base.embeddings
             self._limit([o.parameters for o in self.options], room)
         if limits.latency is not None and space.model.latency is not None:
-            whole = space.architecture
-            layers = sum(space.model.latency.layer(layer) for layer in whole.layers)
-            room = limits.latency - (space.model.latency.of(whole) - layers)
+            table, whole = space.model.latency, replace(space.architecture, hidden=self.hidden)
+            layers = sum(table.layer(layer, self.hidden) for layer in whole.layers)
+            room = limits.latency - (table.of(whole) - layers)
             self._limit([o.latency for o in self.options], room)
 
     def _limit(self, costs: Sequence[float], room: float) -> None:

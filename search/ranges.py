@@ -62,7 +62,7 @@ def make_space(
     space = Space(
         architecture=architecture,
         family=family,
-        parameters=(*removals, *_axes(architecture, config, layers)),
+        parameters=(*removals, *_axes(architecture, config, layers.dropped)),
         layers=layers,
         limits=limits,
         model=model,
@@ -149,7 +149,18 @@ def _most(architecture: Architecture, family: Family, config: SearchConfig) -> d
     return {kind: max(0, min(number, counts[kind] - least)) for kind, number in wanted.items()}
 
 
-def _axes(architecture: Architecture, config: SearchConfig, layers: Layers) -> Iterator[Parameter]:
+def axis_sizes(architecture: Architecture, config: SearchConfig) -> dict[str, tuple[int, ...]]:
+    """Axis -> the sizes that any candidate may have, the whole included."""
+    sizes: dict[str, set[int]] = {}
+    for parameter in _axes(architecture, config, frozenset()):
+        assert parameter.axis is not None
+        sizes.setdefault(parameter.axis, set()).update(parameter.choices)
+    return {axis: tuple(sorted(choices)) for axis, choices in sizes.items()}
+
+
+def _axes(
+    architecture: Architecture, config: SearchConfig, dropped: frozenset[int]
+) -> Iterator[Parameter]:
     """The parameters that narrow layers; an axis that may not be cut has none."""
     ranges: dict[str, AxisRange] = {
         name: getattr(config.axes, name) for name in type(config.axes).model_fields
@@ -161,7 +172,7 @@ def _axes(architecture: Architecture, config: SearchConfig, layers: Layers) -> I
         there = {
             i: layer
             for i, layer in enumerate(architecture.layers)
-            if axis in CUT_AXES[layer.kind] and i not in layers.dropped
+            if axis in CUT_AXES[layer.kind] and i not in dropped
         }
         if axis == "width" and config.widths == "per_layer":
             for i, layer in there.items():

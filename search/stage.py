@@ -1,160 +1,141 @@
-"""The stage `search`: study, finalists, tournament, and the records that others read."""
+"""The stage `search`: study, tournament, and the records that others read."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minipuzzle import progress
 from minipuzzle.architecture import SCHEMA_VERSION
 from minipuzzle.checkpoint import Checkpoint
-from minipuzzle.data.blocks import recipe_blocks
-from minipuzzle.distill.stage import settings_of
-from minipuzzle.families import parameter_count
+from minipuzzle.errors import UserError
 from minipuzzle.files import atomic_write_json
-from minipuzzle.memory import memory
 from minipuzzle.model import Model, load, read_architecture
 from minipuzzle.recipe import Recipe
 from minipuzzle.runfolder import RunFolder
 from minipuzzle.scores import Scores
 from minipuzzle.source import resolve
-from minipuzzle.units import parse_budget
 
-from .proxies import ProxyEvaluator
-from .space import Space, make_space
-from .study import Trial, search, sqlite_url
-from .tournament import Texts, Tournament, finalists
+from .front import front
+from .judge import Judge, study_seeds
+from .latencies import recipe_latency, wants_latency
+from .ranges import recipe_space
+from .space import Space
+from .storage import sqlite_url
+from .study import Trial, search
+from .tournament import hold_tournament
+
+UNIMPORTANT = {"storage", "heartbeat", "timeout"}  # settings that change no result
 
 
 def run(recipe: Recipe, folder: RunFolder) -> None:
     """See `minipuzzle.search.run`."""
     teacher = resolve(recipe.model, recipe.revision)
     scored = folder.artefact("scores")
-    space = recipe_space(recipe, teacher)
-    inputs = {
-        "teacher": Checkpoint.open(teacher).fingerprint(),
-        "scores": folder.fingerprint("scores"),
-        "budget_bytes": space.budget_bytes,
-        "deployment": recipe.deployment.options(),
-        "search": recipe.search.model_dump(mode="json"),
-        "distill": recipe.distill.model_dump(mode="json"),
-        "ridge": recipe.repair.ridge,
-        "data": recipe.data.model_dump(mode="json"),
-        "seed": recipe.seed,
-    }
+    if not wants_latency(recipe):  # impossible budgets are refused before any work
+        _, family, architecture = read_architecture(teacher)
+        recipe_space(recipe, architecture, family)
 
     def body(work: Path) -> None:
-        model = load(teacher)
-        scores = Scores.load(scored)
-        scores.check(model.architecture, Checkpoint.open(teacher).fingerprint())
-        trials = find_trials(recipe, model, space, scores, work)
-        results = hold_tournament(recipe, model, space, scores, finalists_of(recipe, trials), work)
-        best = min(results, key=lambda result: (result["kl_distilled"], result["number"]))
-        chosen = next(trial for trial in trials if trial.number == best["number"])
-        write_results(space, scores, trials, results, chosen, work)
+        model, scores, space = _open(recipe, teacher, scored, work)
+        trials = find_trials(recipe, model, space, scores, sqlite_url(work / "study.db"))
+        results = hold_tournament(recipe, model, space, scores, trials, work)
+        write_results(recipe, space, scores, trials, results, work)
 
-    folder.run_stage("search", "search", inputs, body)
+    folder.run_stage("search", "search", _inputs(recipe, folder, teacher), body)
 
 
-def recipe_space(recipe: Recipe, teacher: Path) -> Space:
-    """The search space of a recipe; UserError when its budget is impossible or met already."""
-    _, family, architecture = read_architecture(teacher)
-    deployment = recipe.deployment.build()
-    total = memory(architecture, family, deployment).total
-    budget = parse_budget(recipe.budget).of(total)
-    return make_space(architecture, family, deployment, budget, recipe.search)
+def work_along(recipe: Recipe, folder: RunFolder) -> None:
+    """Evaluate candidates of the study in the recipe's storage until it is complete.
+
+    For more workers, on this machine or others; one of them runs the stage.
+
+    Raises:
+        UserError: when the recipe names no storage, or the budget is impossible.
+    """
+    if recipe.search.storage is None:
+        raise UserError(
+            "workers share a storage; set search.storage to an Optuna URL like "
+            "postgresql+psycopg://user@host/database"
+        )
+    teacher = resolve(recipe.model, recipe.revision)
+    scored = folder.artefact("scores")
+    folder.path.mkdir(parents=True, exist_ok=True)
+    model, scores, space = _open(recipe, teacher, scored, folder.path)
+    find_trials(recipe, model, space, scores, recipe.search.storage)
+
+
+def _open(recipe: Recipe, teacher: Path, scored: Path, work: Path) -> tuple[Model, Scores, Space]:
+    model, scores = load(teacher), Scores.load(scored)
+    scores.check(model.architecture, Checkpoint.open(teacher).fingerprint())
+    latency = recipe_latency(recipe, model, work) if wants_latency(recipe) else None
+    return model, scores, recipe_space(recipe, model.architecture, model.family, scores, latency)
 
 
 def find_trials(
-    recipe: Recipe, model: Model, space: Space, scores: Scores, work: Path
+    recipe: Recipe, model: Model, space: Space, scores: Scores, own_storage: str
 ) -> list[Trial]:
     """Run the study, from where an interrupted one stopped."""
-    ids = recipe_blocks(recipe, "search", model.tokenizer, recipe.search.blocks)
-    evaluate = ProxyEvaluator(model, ids)
+    judge = Judge(recipe, model, space, scores)
     return search(
         space,
-        lambda point: evaluate(space.selection(point, scores)),
-        trials=recipe.search.trials,
+        judge,
+        settings=recipe.search,
         seed=recipe.seed,
-        storage=sqlite_url(work / "study.db"),
+        storage=recipe.search.storage or own_storage,
+        seeds=study_seeds(space, scores, judge) if recipe.search.seeded else (),
     )
-
-
-def finalists_of(recipe: Recipe, trials: list[Trial]) -> list[Trial]:
-    """The recipe's number of finalists."""
-    if recipe.search.finalists == 1:
-        progress.say("search: one finalist means no tournament; ranks before healing may mislead")
-    return finalists(trials, recipe.search.finalists)
-
-
-def hold_tournament(
-    recipe: Recipe,
-    model: Model,
-    space: Space,
-    scores: Scores,
-    chosen: list[Trial],
-    work: Path,
-) -> list[dict[str, Any]]:
-    """Repair and distil every finalist for a few steps; one record each."""
-    steps = recipe.search.finalist_steps if len(chosen) > 1 else 0
-    texts = Texts(
-        calibration=recipe_blocks(
-            recipe, "calibration", model.tokenizer, recipe.search.finalist_blocks
-        ),
-        distillation=recipe_blocks(
-            recipe, "distillation", model.tokenizer, max(1, steps) * recipe.distill.batch
-        ),
-        search=recipe_blocks(recipe, "search", model.tokenizer, recipe.search.blocks),
-    )
-    tournament = Tournament(
-        teacher=model,
-        space=space,
-        scores=scores,
-        texts=texts,
-        settings=replace(settings_of(recipe), steps=steps, checkpoint_every=0),
-        ridge=recipe.repair.ridge,
-        work=work,
-    )
-    with progress.bar("finalists", len(chosen), "models") as bar:
-        results = []
-        for trial in chosen:
-            results.append(tournament.play(trial))
-            bar.advance()
-    return results
 
 
 def write_results(
+    recipe: Recipe,
     space: Space,
     scores: Scores,
-    trials: list[Trial],
-    results: list[dict[str, Any]],
-    chosen: Trial,
+    trials: Sequence[Trial],
+    results: Sequence[dict[str, Any]],
     work: Path,
 ) -> None:
-    """trials.json, finalists.json, candidates/*.json, best.json."""
+    """trials.json, front.json, finalists.json, candidates/*.json, best.json."""
     (work / "candidates").mkdir(exist_ok=True)
-    played = {result["number"] for result in results}
-    for trial in trials:
-        if trial.number in played:
-            record = candidate(space, scores, trial)
-            atomic_write_json(work / "candidates" / f"{trial.number}.json", record)
+    by_number = {trial.number: trial for trial in trials}
+    best_ones = front(trials, recipe.search.objectives)
+    for number in {t.number for t in best_ones} | {int(r["number"]) for r in results}:
+        record = candidate(space, scores, by_number[number])
+        atomic_write_json(work / "candidates" / f"{number}.json", record)
     atomic_write_json(work / "trials.json", {"trials": [trial.to_json() for trial in trials]})
-    atomic_write_json(work / "finalists.json", {"finalists": results})
-    for result in results:
-        (work / f"finalist-{result['number']}.json").unlink()
+    atomic_write_json(
+        work / "front.json",
+        {"objectives": list(recipe.search.objectives), "numbers": [t.number for t in best_ones]},
+    )
+    atomic_write_json(work / "finalists.json", {"finalists": list(results)})
+    chosen = by_number[int(results[0]["number"])]
     atomic_write_json(work / "best.json", candidate(space, scores, chosen))
 
 
 def candidate(space: Space, scores: Scores, trial: Trial) -> dict[str, Any]:
-    """A candidate whole: what the next stage cuts by."""
+    """A candidate whole: what the next stage cuts by, and the model that it is for."""
     selection = space.selection(trial.point, scores)
     architecture = selection.apply(space.architecture)
     return {
         "schema_version": SCHEMA_VERSION,
         **trial.to_json(),
-        "budget_bytes": space.budget_bytes,
-        "parameters": parameter_count(architecture, space.family),
+        "teacher": scores.provenance.get("teacher"),
+        "budget_bytes": space.limits.memory_bytes,
         "architecture": architecture.to_json(),
         "selection": selection.to_json(),
+    }
+
+
+def _inputs(recipe: Recipe, folder: RunFolder, teacher: Path) -> dict[str, Any]:
+    """Everything that the result depends on."""
+    return {
+        "teacher": Checkpoint.open(teacher).fingerprint(),
+        "scores": folder.fingerprint("scores"),
+        "budget": recipe.budget,
+        "deployment": recipe.deployment.options(),
+        "search": recipe.search.model_dump(mode="json", exclude=UNIMPORTANT),
+        "distill": recipe.distill.model_dump(mode="json"),
+        "repair": recipe.repair.model_dump(mode="json"),
+        "data": recipe.data.model_dump(mode="json"),
+        "seed": recipe.seed,
     }

@@ -47,7 +47,7 @@ def random_prices(space: Space, seed: int) -> Prices:
 def test_the_program_finds_what_trying_all_points_finds(
     config: dict[str, Any], search: dict[str, Any], seed: int
 ) -> None:
-    space = space_of(config, search, 0.8, parameters=None)
+    space = space_of(config, search, 0.8)
     prices = random_prices(space, seed)
     everything = sorted(prices.of(space, point) for point in space.points())
     found = [prices.of(space, point) for point in solve(space, prices, 3)]

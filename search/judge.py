@@ -1,0 +1,53 @@
+"""The judge of a recipe's candidates, and the points that its study begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from minipuzzle.data.blocks import recipe_blocks
+from minipuzzle.model import Model
+from minipuzzle.recipe import Recipe
+from minipuzzle.scores import Scores
+from minipuzzle.selection import Selection
+
+from .additive import additive_seeds, measure_prices
+from .proxies import ProxyEvaluator
+from .quickrepair import QuickRepair
+from .screen import Screen
+from .space import Point, Space
+from .study import Judged
+
+PRICE_BLOCKS = 2  # sequences that additive prices are measured on: they only say where to begin
+
+
+class Judge:
+    """Judges points on the recipe's search text: cut or with a quick repair, screened or whole."""
+
+    def __init__(self, recipe: Recipe, model: Model, space: Space, scores: Scores) -> None:
+        settings = recipe.search
+        self.space, self.scores = space, scores
+        ids = recipe_blocks(recipe, "search", model.tokenizer, settings.blocks)
+        maker = None
+        if settings.proxy == "repaired":
+            blocks = settings.tournament.blocks
+            text = recipe_blocks(recipe, "calibration", model.tokenizer, blocks)
+            maker = QuickRepair(model, text, ridge=recipe.repair.ridge)
+        self.evaluate = ProxyEvaluator(model, ids, maker=maker)
+        self.screen = Screen(self.evaluate, settings.blocks) if settings.screen else None
+
+    def __call__(self, points: Sequence[Point]) -> list[Judged]:
+        """The proxies of points, in their order."""
+        selections = [self.space.selection(point, self.scores) for point in points]
+        if self.screen is not None:
+            return [Judged(proxies, screened) for proxies, screened in self.screen(selections)]
+        return [Judged(proxies, screened=False) for proxies in self.evaluate(selections)]
+
+    def divergences(self, selections: Sequence[Selection]) -> list[float]:
+        """KL to the teacher on the first sequences alone."""
+        found = self.evaluate(selections, blocks=slice(0, PRICE_BLOCKS))
+        return [proxies.kl for proxies in found]
+
+
+def study_seeds(space: Space, scores: Scores, judge: Judge) -> list[Point]:
+    """The additive and greedy solutions, at prices measured by the judge."""
+    return additive_seeds(space, measure_prices(space, scores, judge.divergences))

@@ -1,0 +1,44 @@
+"""The latency table of a recipe's space, where its limits or objectives ask for one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from minipuzzle import progress
+from minipuzzle.checkpoint import Checkpoint
+from minipuzzle.latency import LatencyTable
+from minipuzzle.model import Model, stored_dtype
+from minipuzzle.recipe import Recipe
+
+from .ranges import axis_sizes
+
+FILE = "latency.json"
+
+
+def wants_latency(recipe: Recipe) -> bool:
+    """Whether candidates are held to a latency or judged by it."""
+    return recipe.search.limits.latency is not None or "latency" in recipe.search.objectives
+
+
+def recipe_latency(recipe: Recipe, model: Model, work: Path) -> LatencyTable:
+    """The table for the model's device, measured once and kept in `work`.
+
+    Raises:
+        UserError: when the probes do not fit the device.
+    """
+    sizes = axis_sizes(model.architecture, recipe.search)
+    path = work / FILE
+    if path.exists():
+        return LatencyTable.load(path)
+    progress.say(f"latency: measuring layers on {model.device}")
+    table = LatencyTable.measure(
+        model.architecture,
+        model.family,
+        model.config,
+        recipe.deployment.build(),
+        sizes,
+        model.device,
+        stored_dtype(Checkpoint.open(model.folder)),
+    )
+    table.save(path)
+    return table
