@@ -71,11 +71,18 @@ def merge(source: Path, *, only: str = "", folder: Path = RESULTS) -> Path:
 
 
 def command() -> str:
-    """The command line of this process, with its script relative to the repository."""
+    """The command line of this process, with its script relative to the repository.
+
+    Without --results: the file's place says where it was written to, or merged into.
+    """
     script = Path(sys.argv[0])
     root = RESULTS.parent.parent
     name = script.resolve().relative_to(root) if script.resolve().is_relative_to(root) else script
-    return shlex.join(["python", str(name), *sys.argv[1:]])
+    arguments = sys.argv[1:]
+    if "--results" in arguments:
+        at = arguments.index("--results")
+        del arguments[at : at + 2]
+    return shlex.join(["python", str(name), *arguments])
 
 
 def device() -> str:
