@@ -12,7 +12,7 @@ from minipuzzle.model import Model
 from minipuzzle.selection import Indices, Selection
 from minipuzzle.walk import Walk
 
-from .trie import STATE_BYTES, CutMaker, Maker, ordered, passes, walk_together
+from .trie import STATE_BYTES, CutMaker, Maker, Trie, decisions, passes, walk_together
 
 LOGIT_BYTES = {"cpu": 2 * 2**20, "cuda": 512 * 2**20}  # of one fp32 piece of the logits
 
@@ -60,10 +60,11 @@ class ProxyEvaluator:
         cut = CutMaker(self.walk)
         self.maker = maker or cut
         self.state_bytes = state_bytes or STATE_BYTES.get(self.walk.device.type, STATE_BYTES["cpu"])
-        whole = Selection.identity(teacher.architecture)
+        whole = [Selection.identity(teacher.architecture)]
+        trie = Trie.of(decisions(whole, cut.key))
         with torch.no_grad():
             parts = [
-                self.walk.final(walk_together(self.walk, [whole], self.ids[rows], cut)[0])
+                self.walk.final(walk_together(self.walk, whole, trie, self.ids[rows], cut)[0])
                 for rows, _ in self._passes(ids, 1)
             ]
         self.reference = torch.cat(parts)
@@ -89,11 +90,13 @@ class ProxyEvaluator:
         found = torch.zeros(len(selections), len(ids), 3, dtype=torch.float64)
         if not selections:
             return found
-        order = ordered(selections, self.maker.key)
+        decided = decisions(selections, self.maker.key)
+        order = sorted(range(len(selections)), key=lambda c: decided[c])
         for rows, group in self._passes(ids, len(order)):
             members = order[group]
             candidates = [selections[c] for c in members]
-            states = walk_together(self.walk, candidates, ids[rows], self.maker)
+            trie = Trie.of([decided[c] for c in members])
+            states = walk_together(self.walk, candidates, trie, ids[rows], self.maker)
             channels = [selection.hidden for selection in candidates]
             part = self._compare(ids[rows], reference[rows], states, channels)
             for place, c in enumerate(members):

@@ -29,6 +29,7 @@ from minipuzzle.walk import Walk, narrow_layer
 
 STATE_BYTES = {"cpu": 2**30, "cuda": 16 * 2**30}  # of the states alive, unless a caller says more
 
+GONE = -1  # in a row of decisions
 LayerFunction = Callable[[torch.Tensor], torch.Tensor]
 Key = Callable[[Selection, int], Hashable | None]
 
@@ -91,6 +92,26 @@ def plain_key(selection: Selection, i: int) -> Hashable | None:
     return None if axes is None else (selection.hidden, tuple(axes.items()))
 
 
+def decisions(selections: Sequence[Selection], key: Key = plain_key) -> list[tuple[int, ...]]:
+    """Candidates as rows of numbers: of the stream's channels, then of every layer, GONE or not.
+
+    Equal numbers of a column are equal decisions. Rows that are sorted have common beginnings
+    together.
+    """
+    known: list[dict[Hashable, int]] = [{} for _ in range(1 + len(selections[0].layers))]
+
+    def number(place: int, decision: Hashable | None) -> int:
+        return GONE if decision is None else known[place].setdefault(decision, len(known[place]))
+
+    return [
+        (
+            number(0, ("channels", selection.hidden)),
+            *(number(i + 1, key(selection, i)) for i in range(len(selection.layers))),
+        )
+        for selection in selections
+    ]
+
+
 @dataclass(frozen=True)
 class Step:
     """Nodes of the trie at one layer that decide alike.
@@ -106,33 +127,34 @@ class Step:
 class Trie:
     """The distinct prefixes of candidates, their states numbered.
 
-    `roots`: hidden channels -> state after the embedding; `levels[i]`: the nodes at layer i;
-    `leaves`: the state of each candidate after the last layer.
+    `roots`: a candidate for each choice of the stream's channels; state k is its embedding.
+    `levels[i]`: the nodes at layer i. `leaves`: the state of each candidate after the last layer.
     """
 
-    roots: dict[Indices | None, int]
+    roots: tuple[int, ...]
     levels: tuple[tuple[Step, ...], ...]
     leaves: tuple[int, ...]
 
     @classmethod
-    def of(cls, selections: Sequence[Selection], key: Key = plain_key) -> Trie:
-        """The trie of candidates of one model; `key` says which layers are equal."""
-        roots: dict[Indices | None, int] = {}
-        states = [roots.setdefault(selection.hidden, len(roots)) for selection in selections]
+    def of(cls, rows: Sequence[tuple[int, ...]]) -> Trie:
+        """The trie of candidates whose `decisions` these are."""
+        first = {channels: c for c, (channels, *_) in reversed(list(enumerate(rows)))}
+        roots = sorted(first.values())
+        place = {rows[c][0]: state for state, c in enumerate(roots)}
+        states = [place[channels] for channels, *_ in rows]
         born, levels = len(roots), []
-        for i in range(len(selections[0].layers)):
-            steps: dict[Hashable, tuple[int, dict[int, int]]] = {}
-            for c, selection in enumerate(selections):
-                decision = key(selection, i)
-                if decision is None:
+        for column in range(1, len(rows[0])):
+            steps: dict[int, tuple[int, dict[int, int]]] = {}
+            for c, row in enumerate(rows):
+                if row[column] == GONE:
                     continue
-                _, pairs = steps.setdefault(decision, (c, {}))
+                _, pairs = steps.setdefault(row[column], (c, {}))
                 if states[c] not in pairs:
                     pairs[states[c]] = born
                     born += 1
                 states[c] = pairs[states[c]]
             levels.append(tuple(Step(c, tuple(pairs.items())) for c, pairs in steps.values()))
-        return cls(roots, tuple(levels), tuple(states))
+        return cls(tuple(roots), tuple(levels), tuple(states))
 
     @property
     def nodes(self) -> int:
@@ -151,17 +173,7 @@ def node_ratio(selections: Sequence[Selection], key: Key = plain_key) -> float:
     Its inverse bounds the speed-up; what every candidate pays (final norm, head) is not in it.
     """
     alone = sum(len(selection.kept) for selection in selections)
-    return Trie.of(selections, key).nodes / alone
-
-
-def ordered(selections: Sequence[Selection], key: Key = plain_key) -> list[int]:
-    """Positions of the candidates in an order that keeps common beginnings together."""
-    numbers: dict[tuple[int, Hashable], int] = {}
-    ranks = []
-    for selection in selections:
-        decisions = [(i, key(selection, i)) for i in range(len(selection.layers))]
-        ranks.append([numbers.setdefault(each, len(numbers)) for each in decisions])
-    return sorted(range(len(selections)), key=lambda c: ranks[c])
+    return Trie.of(decisions(selections, key)).nodes / alone
 
 
 def passes(
@@ -181,15 +193,14 @@ def passes(
 
 @torch.no_grad()
 def walk_together(
-    walk: Walk, selections: Sequence[Selection], ids: torch.Tensor, maker: Maker
+    walk: Walk, selections: Sequence[Selection], trie: Trie, ids: torch.Tensor, maker: Maker
 ) -> list[torch.Tensor]:
     """States of all candidates after the last layer, (B, T, D) each; equal candidates share one.
 
-    A streamed model is read once.
+    `trie` is of their decisions by the maker's key. A streamed model is read once.
     """
-    trie = Trie.of(selections, maker.key)
     uses = trie.uses()
-    states = {number: walk.embed(ids, hidden) for hidden, number in trie.roots.items()}
+    states = {k: walk.embed(ids, selections[c].hidden) for k, c in enumerate(trie.roots)}
     for i in walk.layers():
         for step in trie.levels[i]:
             layer = maker.layer(selections[step.candidate], i)

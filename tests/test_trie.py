@@ -14,7 +14,15 @@ from minipuzzle import model
 from minipuzzle.model import Model
 from minipuzzle.prune.slice import slice_checkpoint
 from minipuzzle.search.proxies import Proxies, ProxyEvaluator
-from minipuzzle.search.trie import CutMaker, Trie, node_ratio, ordered, passes, walk_together
+from minipuzzle.search.trie import (
+    GONE,
+    CutMaker,
+    Trie,
+    decisions,
+    node_ratio,
+    passes,
+    walk_together,
+)
 from minipuzzle.selection import LayerSelection, Selection
 from minipuzzle.streaming import stream
 from minipuzzle.walk import Walk
@@ -154,12 +162,14 @@ def test_nodes_by_hand() -> None:
     a, b = Selection(({}, {}, {})), Selection(({}, {}, None))
     c, d = Selection(({}, narrow, {})), Selection((None, {}, {}))
     # layer 0: one node; 1: after it whole and narrow, and whole on the embedding; 2: a, c, d
-    assert Trie.of([a, b, c, d]).nodes == 1 + 3 + 3
+    trie = Trie.of(decisions([a, b, c, d]))
+    assert trie.nodes == 1 + 3 + 3
     assert node_ratio([a, b, c, d]) == pytest.approx(7 / (3 + 2 + 3 + 2))
     assert node_ratio([a, a]) == pytest.approx(1 / 2)
-    assert Trie.of([a, Selection(a.layers, hidden=(0, 1))]).nodes == 6  # another stream throughout
+    other_stream = Selection(a.layers, hidden=(0, 1))
+    assert Trie.of(decisions([a, other_stream])).nodes == 6
     # whole and narrow are one step each at layer 1, whatever comes before
-    assert [len(level) for level in Trie.of([a, b, c, d]).levels] == [1, 2, 1]
+    assert [len(level) for level in trie.levels] == [1, 2, 1]
 
 
 def test_axes_kept_whole_do_not_count(teacher: Model) -> None:
@@ -192,15 +202,18 @@ def test_each_node_runs_once(teacher: Model) -> None:
 
     walk = Walk(teacher, tokens_per_chunk=3 * IDS.shape[1])
     maker = Counting(walk)
-    walk_together(walk, selections, IDS, maker)
-    assert rows == len(IDS) * Trie.of(selections, maker.key).nodes
+    trie = Trie.of(decisions(selections, maker.key))
+    walk_together(walk, selections, trie, IDS, maker)
+    assert rows == len(IDS) * trie.nodes
     assert len(made) == len(set(made))
 
 
 def test_order_keeps_beginnings_together() -> None:
     narrow: LayerSelection = {"width": (0,)}
     mixed = [Selection(({}, {})), Selection((narrow, {})), Selection(({}, None))]
-    assert ordered(mixed) == [0, 2, 1]
+    rows = decisions(mixed)
+    assert rows == [(0, 0, 0), (0, 1, 0), (0, 0, GONE)]
+    assert sorted(range(3), key=rows.__getitem__) == [2, 0, 1]
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
