@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from minipuzzle.architecture import Architecture, Layer
@@ -56,7 +56,13 @@ class Elements:
     conv: int = 0
 
     def __add__(self, other: Elements) -> Elements:
-        return Elements(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return Elements(
+            self.weights + other.weights,
+            self.embeddings + other.embeddings,
+            self.kv + other.kv,
+            self.state + other.state,
+            self.conv + other.conv,
+        )
 
 
 class CostModel:
