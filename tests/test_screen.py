@@ -10,7 +10,7 @@ import torch
 
 from minipuzzle import model
 from minipuzzle.search.proxies import ProxyEvaluator, mean_proxies
-from minipuzzle.search.screen import Screen, stages, worse_beyond_doubt
+from minipuzzle.search.screen import PRIOR_SPREAD, Screen, stages, worse_beyond_doubt
 from minipuzzle.selection import LayerSelection, Selection
 from tests.tiny import write_tiny
 
@@ -124,7 +124,7 @@ def test_equals_are_given_up_seldom() -> None:
     generator = torch.Generator().manual_seed(0)
     for n in (1, 2, 4):
         best = torch.ones(4000, n, dtype=torch.float64)
-        ours = best + 0.25 * torch.randn(4000, n, generator=generator, dtype=torch.float64)
+        ours = best + PRIOR_SPREAD * torch.randn(4000, n, generator=generator, dtype=torch.float64)
         share = sum(
             worse_beyond_doubt(a, b, level=0.01) for a, b in zip(ours, best, strict=True)
         ) / len(best)
