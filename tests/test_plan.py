@@ -45,11 +45,18 @@ def test_the_published_curve_gives_the_released_47b() -> None:
     assert chosen.apply(architecture).pattern == P47
 
 
-def test_caches_are_what_generate_allocates(tmp_path: Path) -> None:
-    loaded = model.load(write_tiny(tmp_path / "tiny"))
-    ids = torch.randint(0, 97, (3, 20))
+@pytest.mark.parametrize("family", ["nemotron_h", "llama"])
+@pytest.mark.parametrize(("batch", "tokens"), [(3, 20), (1, 7)])
+def test_caches_are_what_generate_allocates(
+    tmp_path: Path, family: str, batch: int, tokens: int
+) -> None:
+    """scripts/check_memory.py does the same for more models and dtypes, the bundled one too."""
+    loaded = model.load(write_tiny(tmp_path / "tiny", family=family))
+    ids = torch.randint(2, 97, (batch, tokens - 2))
     stock: Any = loaded.module
-    out = stock(ids, use_cache=True)
+    out = stock.generate(
+        ids, max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True
+    )
     sizes = {"kv": 0, "conv": 0, "ssm": 0}
     for layer in out.past_key_values.layers:
         for name, value in vars(layer).items():
@@ -60,7 +67,8 @@ def test_caches_are_what_generate_allocates(tmp_path: Path) -> None:
                     sizes["conv"] += tensor.nbytes
                 elif "recurrent" in name:
                     sizes["ssm"] += tensor.nbytes
-    at = Deployment(context=20, batch=3, weights="fp32", kv="fp32", state="fp32", conv="fp32")
+    bits: Any = dict.fromkeys(("weights", "kv", "state", "conv"), "fp32")
+    at = Deployment(context=tokens, batch=batch, **bits)
     need = memory(loaded.architecture, loaded.family, at)
     assert sizes == {"kv": need.kv_cache, "conv": need.conv_state, "ssm": need.ssm_state}
     parameters = sum(p.numel() * 4 for p in stock.parameters())
