@@ -48,6 +48,7 @@ class Enumeration:
         self.space: Space = recipe_space(self.recipe, architecture, family, self.scores)
         self.path = work / "table.json"
         self.teacher = teacher
+        self.evaluated = 0
 
     def evaluator(self) -> ProxyEvaluator:
         """The judge of candidates on the demo's search text."""
@@ -74,6 +75,7 @@ class Enumeration:
                         "agreement": proxies.agreement,
                     }
                 atomic_write_json(self.path, table)
+                self.evaluated += len(some)
                 bar.advance(len(some))
         return table
 
@@ -109,6 +111,7 @@ def main() -> None:
         "parameters": {p.name: list(p.choices) for p in space.parameters},
         "budget_bytes": space.limits.memory_bytes,
         "blocks": enumeration.recipe.search.blocks,
+        "orders": {name: [list(unit) for unit in o] for name, o in space.layers.orders.items()},
         "prices": enumeration.prices(),
         "candidates": [
             {**point.to_json(), "memory_bytes": space.costs(point).memory_bytes, **table[point.key]}
@@ -116,7 +119,8 @@ def main() -> None:
         ],
     }
     atomic_write_json(options.results / "enumerated_space.json", result)
-    record("search", {"enumerated_candidates": (len(table), "")}, folder=options.results)
+    if enumeration.evaluated:  # a table that was whole before is not a new measurement
+        record("search", {"enumerated_candidates": (len(table), "")}, folder=options.results)
     best = min(table, key=lambda key: table[key]["kl"])
     print(f"{len(table)} candidates in {seconds:.0f} s; best: {best}, KL {table[best]['kl']:.4f}")
 
