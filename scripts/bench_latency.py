@@ -52,9 +52,10 @@ def narrower_heads(whole: Architecture, share: float) -> Architecture:
 
 
 def whole_models(whole: Architecture, widths: list[int]) -> dict[str, Architecture]:
-    """Name -> architecture: what is compared."""
-    numbers = whole.counts()
-    mamba, attention, ffn = (max(1, numbers[kind] // 4) for kind in ("mamba", "attention", "ffn"))
+    """Name -> architecture: what is compared. One layer of each kind stays (transformers' cache
+    counts tokens in an attention layer).
+    """
+    mamba, attention, ffn = (min(max(1, n // 4), n - 1) for n in whole.counts().values())
     between = (widths[len(widths) // 2] + widths[len(widths) // 2 - 1]) // 2
     mixed = without(without(whole, "mamba", mamba), "ffn", ffn)
     return {
