@@ -52,8 +52,9 @@ def narrower_heads(whole: Architecture, share: float) -> Architecture:
 
 
 def whole_models(whole: Architecture, widths: list[int]) -> dict[str, Architecture]:
-    """Name -> architecture: what is compared. One layer of each kind stays (transformers' cache
-    counts tokens in an attention layer).
+    """Name -> architecture: what is compared.
+
+    One layer of each kind stays: transformers' cache counts tokens in an attention layer.
     """
     mamba, attention, ffn = (min(max(1, n // 4), n - 1) for n in whole.counts().values())
     between = (widths[len(widths) // 2] + widths[len(widths) // 2 - 1]) // 2
