@@ -73,6 +73,14 @@ class Screen:
         self.incumbent = incumbent
         self._sums: torch.Tensor | None = None  # the incumbent's: (total, 3)
 
+    def remind(self, incumbent: Selection) -> None:
+        """Compare with this one from now on: the best of a study that others work on, or resumed.
+
+        It is evaluated again, on all sequences, unless it is the incumbent anyhow.
+        """
+        if incumbent != self.incumbent:
+            self.incumbent, self._sums = incumbent, None
+
     def __call__(self, selections: Sequence[Selection]) -> list[tuple[Proxies, bool]]:
         """Proxies of candidates, in their order, and whether they are estimates of ones given up.
 

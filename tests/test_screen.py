@@ -90,6 +90,11 @@ def test_the_incumbent_is_kept_between_calls_and_restored() -> None:
     assert first.incumbent == candidates(1)[0]
     restored = Screen(landscape, BLOCKS, incumbent=first.incumbent)
     assert restored(candidates(3)[1:]) == later
+    before = landscape.sequences
+    restored.remind(candidates(1)[0])
+    assert restored(candidates(3)[1:]) == later and landscape.sequences == before + 2
+    restored.remind(candidates(3)[2])
+    assert not restored(candidates(2)[1:])[0][1]  # the other one is no match for it
 
 
 def test_the_better_one_becomes_the_incumbent() -> None:
