@@ -369,6 +369,14 @@ class SearchConfig(Section):
     )
 
 
+class PruneConfig(Section):
+    """Which candidate of the search is cut out."""
+
+    candidate: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="number of one in search/candidates; null: the best"
+    )
+
+
 class RepairConfig(Section):
     """Re-fitting of the projections that read and write the stream, in closed form."""
 
@@ -449,6 +457,7 @@ class Recipe(Section):
     data: DataConfig = Field(default=DataConfig(), description="the texts")
     score: ScoreConfig = Field(default=ScoreConfig(), description="stage score")
     search: SearchConfig = Field(default=SearchConfig(), description="stage search")
+    prune: PruneConfig = Field(default=PruneConfig(), description="stage prune")
     repair: RepairConfig = Field(default=RepairConfig(), description="stage repair")
     distill: DistillConfig = Field(default=DistillConfig(), description="stage distill")
     eval: EvalConfig = Field(default=EvalConfig(), description="stage eval")

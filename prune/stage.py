@@ -6,6 +6,7 @@ from pathlib import Path
 
 from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.data.blocks import recipe_blocks
+from minipuzzle.errors import UserError
 from minipuzzle.files import atomic_write_json
 from minipuzzle.jsonfile import read_json
 from minipuzzle.model import load_tokenizer, read_architecture
@@ -23,13 +24,10 @@ VERIFIED_BLOCKS = 2
 def run(recipe: Recipe, folder: RunFolder) -> None:
     """See `minipuzzle.prune.run`."""
     teacher = resolve(recipe.model, recipe.revision)
-    best = read_json(folder.artefact("search") / "best.json")
-    selection = Selection.from_json(best.get("selection"))
+    fingerprint = Checkpoint.open(teacher).fingerprint()
+    selection = _chosen(recipe, folder.artefact("search"), fingerprint)
     selection.apply(read_architecture(teacher)[2])
-    inputs = {
-        "teacher": Checkpoint.open(teacher).fingerprint(),
-        "selection": selection.to_json(),
-    }
+    inputs = {"teacher": fingerprint, "selection": selection.to_json()}
 
     def body(work: Path) -> None:
         slice_checkpoint(teacher, work, selection)
@@ -38,3 +36,21 @@ def run(recipe: Recipe, folder: RunFolder) -> None:
         atomic_write_json(work / "selection.json", selection.to_json())
 
     folder.run_stage("prune", "pruned", inputs, body)
+
+
+def _chosen(recipe: Recipe, search: Path, teacher: str) -> Selection:
+    """The selection of the recipe's candidate, or of the best; for this teacher."""
+    number = recipe.prune.candidate
+    path = search / ("best.json" if number is None else f"candidates/{number}.json")
+    if not path.exists():
+        there = sorted(int(file.stem) for file in (search / "candidates").glob("*.json"))
+        raise UserError(
+            f"the search kept no candidate {number}; prune.candidate may be one of "
+            f"{', '.join(map(str, there))}, or null for the best"
+        )
+    candidate = read_json(path)
+    if candidate.get("teacher", teacher) not in (teacher, None):
+        raise UserError(
+            f"{path} is a candidate for another model; run `minipuzzle search` for this one"
+        )
+    return Selection.from_json(candidate.get("selection"))
