@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from minipuzzle.units import format_bytes
 
-from .plot import Box, Chart, Dot, Line, Text, Tick
+from .plot import Box, Chart, Dot, Line, Text
 
 Record = Mapping[str, Any]
 WIDE, NARROW = 808, 358
 BYTE_UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
-KIND_NAMES = {"mamba": "Mamba-2", "attention": "attention", "ffn": "FFN"}
-ROUNDS = (("kl_cut", "cut"), ("kl_repaired", "repaired"), ("kl_distilled", "distilled"))
 MEMORY_NAMES = {
     "weights": "weights",
     "embeddings": "embeddings",
@@ -45,70 +42,6 @@ def importance(layers: Sequence[Record], width: float) -> Chart | None:
     for layer, (at, up) in zip(known, places, strict=True):
         state = "kept" if layer["kept"] else "removed"
         chart.dots.append(Dot(at, up, 4.5, f"{layer['kind']} {state}", layer["title"]))
-    return chart
-
-
-def search(
-    trials: Sequence[Record], finalists: Sequence[Record], best: Record, width: float
-) -> Chart | None:
-    """Memory against KL of every trial; finalists are larger, the chosen one has a ring."""
-    if not trials:
-        return None
-    budget = best.get("budget_bytes")
-    sizes = [trial["memory_bytes"] for trial in trials] + ([budget] if budget else [])
-    unit, name = _unit(max(sizes))
-    chart = Chart(
-        width,
-        320,
-        "Candidates by memory and by divergence from the teacher before any healing",
-        x_label=f"memory, {name}",
-        y_label="KL to the teacher, nats",
-    )
-    x = chart.x_scale([size / unit for size in sizes])
-    y = chart.y_scale([trial["kl"] for trial in trials], log=True)
-    if budget:
-        at = x(budget / unit)
-        chart.lines.append(Line([(at, chart.top), (at, chart.height - chart.bottom)], "limit"))
-        chart.texts.append(Text(at - 5, chart.top + 4, "budget", "note", "end"))
-    played = {record["number"] for record in finalists}
-    for trial in sorted(trials, key=lambda t: t["number"] in played):
-        css = "trial"
-        if trial["number"] in played:
-            css = "chosen" if trial["number"] == best.get("number") else "finalist"
-        radius = {"trial": 3.2, "finalist": 5.0, "chosen": 6.5}[css]
-        place = x(trial["memory_bytes"] / unit), y(trial["kl"])
-        chart.dots.append(Dot(*place, radius, css, _trial_title(trial)))
-    return chart
-
-
-def tournament(finalists: Sequence[Record], best: Record, width: float) -> Chart | None:
-    """KL of every finalist after cut, repair and a short distillation."""
-    if not finalists:
-        return None
-    chart = Chart(
-        width,
-        300,
-        "Divergence of the finalists from the teacher as they are cut, repaired and distilled",
-        y_label="KL to the teacher, nats",
-        right=44,
-    )
-    values = [record[key] for record in finalists for key, _ in ROUNDS if record.get(key)]
-    y = chart.y_scale(values, log=True)
-    left, right = chart.left + 0.08 * width, chart.width - chart.right - 8
-    columns = [left + i * (right - left) / 2 for i in range(3)]
-    chart.x_ticks = [Tick(at, name) for at, (_, name) in zip(columns, ROUNDS, strict=True)]
-    for record in sorted(finalists, key=lambda r: r["number"] == best.get("number")):
-        css = "chosen" if record["number"] == best.get("number") else "finalist"
-        title = _trial_title(record)
-        points = [
-            (at, y(record[key]))
-            for at, (key, _) in zip(columns, ROUNDS, strict=True)
-            if record.get(key)
-        ]
-        chart.lines.append(Line(points, css, title))
-        chart.dots += [Dot(at, up, 4.5, css, title) for at, up in points]
-        chart.texts.append(Text(points[-1][0] + 9, points[-1][1] + 4, f"#{record['number']}", css))
-    chart.texts = spread(chart.texts)
     return chart
 
 
@@ -153,7 +86,7 @@ def memory(models: Mapping[str, Record], width: float) -> Chart | None:
         right=16,
         top=6,
     )
-    unit, name = _unit(models[names[0]]["memory_bytes"])
+    unit, name = byte_unit(models[names[0]]["memory_bytes"])
     totals = [models[model]["memory_bytes"] / unit for model in names]
     x = chart.x_scale([0.0, *totals], pad=0.0)
     chart.x_label = f"memory, {name}"
@@ -210,30 +143,6 @@ def running_mean(values: Sequence[float], radius: int) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def spread(texts: Sequence[Text], distance: float = 13.0) -> list[Text]:
-    """Texts of one column moved down until none covers another."""
-    placed: list[Text] = []
-    for text in sorted(texts, key=lambda t: t.y):
-        least = placed[-1].y + distance if placed else text.y
-        placed.append(replace(text, y=max(text.y, least)))
-    return placed
-
-
-def removed_words(removed: Mapping[str, int]) -> str:
-    """`2 Mamba-2, 1 FFN`, or `no layer`."""
-    parts = [f"{number} {KIND_NAMES.get(kind, kind)}" for kind, number in removed.items() if number]
-    return ", ".join(parts) or "no layer"
-
-
-def _trial_title(trial: Record) -> str:
-    parts = [f"candidate {trial['number']}"]
-    if "removed" in trial:
-        parts.append(f"without {removed_words(trial['removed'])}")
-    if trial.get("width"):
-        parts.append(f"FFN width {trial['width']}")
-    parts.append(f"{format_bytes(trial['memory_bytes'])}, KL {trial['kl']:.4f}")
-    return "; ".join(parts)
-
-
-def _unit(size: float) -> tuple[int, str]:
+def byte_unit(size: float) -> tuple[int, str]:
+    """The largest unit that a size has one of: bytes and name."""
     return next(((scale, name) for scale, name in BYTE_UNITS if size >= scale), (1, "B"))

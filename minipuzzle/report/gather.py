@@ -26,6 +26,7 @@ ARTEFACTS = {
     "export": "export",
 }
 """Artefact -> the stage that makes it, in the order of a run."""
+SEARCH_FILES = ("trials.json", "finalists.json", "front.json", "best.json")
 
 Record = Mapping[str, Any]
 
@@ -38,7 +39,9 @@ class Findings:
     importance: Sequence[float] = ()
     trials: Sequence[Record] = ()
     finalists: Sequence[Record] = ()
+    front: Record = field(default_factory=dict)
     best: Record = field(default_factory=dict)
+    missing: Sequence[str] = ()  # files that the search should have left
     history: Sequence[Record] = ()
     distillation: Record = field(default_factory=dict)
     evaluation: Record = field(default_factory=dict)
@@ -76,8 +79,10 @@ def gather(recipe: Recipe, folder: RunFolder) -> Findings:
         teacher=_teacher(recipe),
         importance=_importance(read("scores", "scores.json").get("layers", [])),
         trials=_usable(read("search", "trials.json").get("trials", []), "kl"),
-        finalists=_usable(read("search", "finalists.json").get("finalists", []), "kl_cut"),
+        finalists=_usable(read("search", "finalists.json").get("finalists", []), "kl"),
+        front=read("search", "front.json"),
         best=read("search", "best.json"),
+        missing=[f for f in SEARCH_FILES if "search" in stages and not read("search", f)],
         history=_lines(history) if "student" in stages else [],
         distillation=read("student", "distill.json"),
         evaluation=read("evaluation", "evaluation.json"),

@@ -18,9 +18,10 @@ from minipuzzle.recipe import Recipe
 from minipuzzle.runfolder import RunFolder
 from minipuzzle.units import format_bytes, format_seconds
 
-from . import charts, view
+from . import charts, contest, lineup, view
 from .gather import ARTEFACTS, Findings, gather
 from .plot import Chart
+from .words import tournament_words
 
 SCHEMA_VERSION = 1
 HERE = Path(__file__).parent
@@ -69,8 +70,15 @@ def render(recipe: Recipe, folder: RunFolder, findings: Findings) -> str:
         scored=any(layer["mse"] for layer in layers),
         removed=sum(not layer["kept"] for layer in layers),
         narrowed=any(layer["share"] < 1 for layer in layers),
+        searched="search" in findings.stages,
+        missing=findings.missing,
         trials=len(findings.trials),
-        finalists=view.finalist_rows(findings),
+        screened=sum(bool(trial.get("screened")) for trial in findings.trials),
+        objectives=findings.front.get("objectives", ()),
+        finalists=lineup.rows(findings),
+        stations=lineup.columns(findings),
+        strips=lineup.strips(findings, layers),
+        tournament=tournament_words(findings.finalists),
         distillation=findings.distillation,
         models=view.model_names(findings),
         quality=view.quality_rows(findings),
@@ -92,12 +100,15 @@ def render(recipe: Recipe, folder: RunFolder, findings: Findings) -> str:
 
 def _charts(findings: Findings, layers: list[dict[str, Any]]) -> dict[str, list[Chart]]:
     """Name -> the drawing for a wide page and the one for a phone."""
-    best = findings.best
+    finalists, best = findings.finalists, findings.best
+    searched = findings.trials, finalists, findings.front, best
     against = findings.evaluation.get("against_teacher", {}).get("student", {})
     draw: dict[str, Callable[[float], Chart | None]] = {
         "importance": lambda width: charts.importance(layers, width),
-        "search": lambda width: charts.search(findings.trials, findings.finalists, best, width),
-        "tournament": lambda width: charts.tournament(findings.finalists, best, width),
+        "search": lambda width: contest.candidates(*searched, width),
+        "latency": lambda width: contest.candidates(*searched, width, "latency"),
+        "ranks": lambda width: contest.ranks(finalists, best, width),
+        "divergences": lambda width: contest.divergences(finalists, best, width),
         "distillation": lambda width: charts.distillation(findings.history, width),
         "memory": lambda width: charts.memory(findings.models, width),
         "differences": lambda width: charts.differences(against, width),

@@ -12,8 +12,9 @@ from minipuzzle.architecture import PATTERN_LETTERS, Architecture
 from minipuzzle.export.changes import describe_cut
 from minipuzzle.units import format_bytes, format_count
 
-from .charts import KIND_NAMES, MEMORY_NAMES, removed_words
+from .charts import MEMORY_NAMES
 from .gather import Findings
+from .words import KIND_NAMES
 
 Record = Mapping[str, Any]
 MODELS = ("teacher", "pruned", "repaired", "student")
@@ -103,25 +104,6 @@ def _layer_title(record: Record, narrowed: Sequence[tuple[str, int, int]]) -> st
     parts += [f"{axis.replace('_', ' ')} {had} to {has}" for axis, had, has in narrowed]
     parts += [] if record["mse"] is None else [f"error without it {record['mse']:.3g}"]
     return ", ".join(parts)
-
-
-def finalist_rows(findings: Findings) -> list[dict[str, str]]:
-    """The finalists, best first, as text."""
-    order = sorted(findings.finalists, key=lambda r: r.get("kl_distilled", math.inf))
-    return [
-        {
-            "number": f"#{record['number']}",
-            "css": "chosen" if record["number"] == findings.best.get("number") else "",
-            "removed": removed_words(record.get("removed", {})),
-            "width": str(record.get("width") or ""),
-            "memory": format_bytes(record["memory_bytes"]),
-            **{
-                key: f"{record[key]:.4f}" if key in record else ""
-                for key in ("kl_cut", "kl_repaired", "kl_distilled")
-            },
-        }
-        for record in order
-    ]
 
 
 def model_names(findings: Findings) -> list[str]:
