@@ -22,6 +22,7 @@ from tests.test_core import P47, P56, PUBLISHED
 from tests.tiny import write_tiny
 
 GIB = 2**30
+DOCS = Path(__file__).parent.parent / "docs" / "budgets.md"
 MODEL = {"model": "some/model"}
 
 
@@ -58,6 +59,14 @@ def test_presets_are_sound_and_a_recipe_builds_the_same(name: str) -> None:
     assert preset.build().reserve_bytes < 0.1 * parse_bytes(preset.budget)
     assert preset.about and preset.source
     assert f"{name} " in listing() and max(map(len, listing().splitlines())) <= 80
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_documentation_has_every_preset_as_it_is(name: str) -> None:
+    p = PRESETS[name]
+    bits = f"{p.weights}, {p.kv}, {p.state}"
+    cells = (f"`{name}`", p.about, p.budget, p.reserve, p.context, bits, p.source)
+    assert f"| {' | '.join(cells)} |" in DOCS.read_text(encoding="utf-8").splitlines()
 
 
 def test_what_is_written_beside_a_preset_wins() -> None:
