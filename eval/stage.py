@@ -39,7 +39,7 @@ def run(recipe: Recipe, folder: RunFolder) -> Path:
     inputs = {
         "schema_version": SCHEMA_VERSION,
         "settings": recipe.eval.model_dump(mode="json"),
-        "deployment": recipe.deployment.model_dump(mode="json"),
+        "deployment": recipe.deployment.options(),
         "sources": recipe.data.model_dump(mode="json"),
         "seed": recipe.seed,
         "models": {name: Checkpoint.open(path).fingerprint() for name, path in folders.items()},

@@ -1,7 +1,8 @@
 """What a deployment needs in memory, item by item, from the architecture alone.
 
 One short function per quantity, the unit in its name. Recurrent and convolution states are counted
-as transformers' `generate` allocates them (tests/test_memory.py holds them against a real one).
+as transformers' `generate` allocates them (scripts/check_memory.py and tests/test_plan.py hold them
+against a real one).
 """
 
 from __future__ import annotations
