@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from figures import RESULTS, device, record
-from rank_correlations import FIGURES, correlations, difference, draw, picks
+from rank_correlations import FIGURES, agreement, correlations, difference, draw, picks
 from texts import split_blocks
 
 from minipuzzle.architecture import KINDS
@@ -103,9 +103,12 @@ class Bench:
 
 def choose(bench: Bench, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Judge a pool of the space by both proxies, and take candidates from it; kept in a file."""
-    path = bench.work / "chosen.json"
+    path, settings = bench.work / "chosen.json", identity(bench, options)
     if path.exists():
-        return list(json.loads(path.read_text())["candidates"])
+        known = json.loads(path.read_text())
+        if known["settings"] != settings:
+            raise SystemExit(f"{bench.work} was measured with other settings; use another --work")
+        return list(known["candidates"])
     generator = random.Random(options.seed)
     points = sorted(bench.space.points(), key=lambda point: point.key)
     pool = generator.sample(points, min(options.pool, len(points)))
@@ -129,9 +132,16 @@ def choose(bench: Bench, options: argparse.Namespace) -> list[dict[str, Any]]:
         )
     ]
     chosen = stratified(rows, options.candidates)
-    record_of_pool = {"feasible": len(points), "pool": rows, "seconds": seconds}
-    atomic_write_json(path, {**record_of_pool, "candidates": chosen})
+    known = {"settings": settings, "feasible": len(points), "seconds": seconds, "pool": rows}
+    atomic_write_json(path, {**known, "candidates": chosen})
     return chosen
+
+
+def identity(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
+    """All that measurements depend on."""
+    numbers = ("candidates", "pool", "repair_blocks", "steps", "batch", "final_blocks", "seed")
+    chosen = {name: getattr(options, name) for name in numbers}
+    return {"recipe": bench.recipe.to_mapping(), **chosen}
 
 
 def judged(evaluate_all: ProxyEvaluator, selections: Sequence[Selection]) -> list[Proxies]:
@@ -219,6 +229,7 @@ def report(bench: Bench, options: argparse.Namespace) -> None:
         "feasible": known["feasible"],
         "judged": len(known["pool"]),
         "judging_seconds": known["seconds"],
+        "cut_with_quick_over_all_judged": agreement(known["pool"]),
         "tokens": {
             "search": bench.search.numel(),
             "calibration": bench.calibration.numel(),
@@ -258,7 +269,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--drawing", type=Path, default=DRAWING)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--candidates", type=int, default=32, help="that are repaired and distilled")
-    add("--pool", type=int, default=384, help="that are judged by the proxies")
+    add("--pool", type=int, default=1000, help="that are judged by the proxies, at most")
     add("--repair-blocks", type=int, default=32, help="calibration sequences")
     add("--steps", type=int, default=16, help="of distillation")
     add("--batch", type=int, default=8, help="sequences a step")

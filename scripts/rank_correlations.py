@@ -74,9 +74,14 @@ def difference(rows: Rows, seed: int) -> dict[str, float]:
     return with_interval(spearman(after, final) - spearman(before, final), sampled)
 
 
+def agreement(rows: Rows) -> float:
+    """Rank correlation of the KL as cut with that of the quick repair."""
+    return float(spearman(column(rows, "KL as cut"), column(rows, "KL, quick repair")))
+
+
 def with_interval(value: Values, sampled: Values) -> dict[str, float]:
     """A value and the middle 95 % of what resamples give."""
-    low, high = np.quantile(sampled, (0.025, 0.975))
+    low, high = np.nanquantile(sampled, (0.025, 0.975))
     return {"rho": float(value), "low": float(low), "high": float(high)}
 
 
