@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from .space import Point, Space
 
 if TYPE_CHECKING:
-    from .study import Trial
+    from .trials import Trial
 
 APART = 0.1  # the distance asked for at first: a tenth of the layers gone in one and not the other
 STEPS = 6  # how often it is halved until enough are found; after that any difference will do

@@ -14,7 +14,7 @@ from minipuzzle.files import atomic_write_json, read_json
 from minipuzzle.selection import Selection
 
 if TYPE_CHECKING:
-    from .study import Trial
+    from .trials import Trial
 
 Record = dict[str, Any]
 

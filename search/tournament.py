@@ -53,7 +53,7 @@ from .standings import (
 if TYPE_CHECKING:
     from minipuzzle.eval.harness import Tasks
 
-    from .study import Trial
+    from .trials import Trial
 
 FOLDER = "tournament"  # of records and, while it is held, of models
 STATES_BYTES = {"cpu": 2**30, "cuda": 8 * 2**30}  # of the teacher's answers, kept for all finalists

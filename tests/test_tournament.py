@@ -35,7 +35,7 @@ from minipuzzle.search.proxies import Proxies
 from minipuzzle.search.ranges import recipe_space
 from minipuzzle.search.space import Point, Space
 from minipuzzle.search.standings import rank_table
-from minipuzzle.search.study import Trial
+from minipuzzle.search.trials import Trial
 from minipuzzle.search.tournament import (
     FOLDER,
     Tournament,

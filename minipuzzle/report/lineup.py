@@ -55,27 +55,32 @@ def _cell(findings: Findings, layer: Record, sizes: Mapping[str, int] | None) ->
     }
 
 
-def columns(findings: Findings) -> list[str]:
-    """Stations of the finalist who came furthest: `cut`, `repaired`, `4 steps`, ..."""
-    courses = [stations(record) for record in findings.finalists]
-    return [name for name, _ in max(courses, key=len, default=[])]
-
-
-def rows(findings: Findings) -> list[dict[str, Any]]:
-    """The finalists as text, best first: what they are, KL at every station, accuracy."""
-    names = columns(findings)
+def rows(findings: Findings) -> list[dict[str, str]]:
+    """The finalists as text, best first: what they are, KL on the way, accuracy."""
     return [
         {
             **_name(findings, record),
             "removed": removed_words(record.get("point", {})),
             "sizes": size_words(record.get("point", {})),
             "memory": format_bytes(record["memory_bytes"]),
-            "course": [f"{found[name]:.4f}" if name in found else "" for name in names],
+            **_course(record),
             "accuracy": _accuracy(record),
         }
         for record in findings.finalists
-        for found in [dict(stations(record))]
     ]
+
+
+def _course(record: Record) -> dict[str, str]:
+    """KL after cut, repair and the last rung that was played, and how far that was."""
+    known = {name: f"{kl:.4f}" for name, kl in stations(record)}
+    rungs = record.get("rungs", ())
+    last = f"{rungs[-1]['steps']} steps" if rungs else ""
+    return {
+        "cut": known.get("cut", ""),
+        "repaired": known.get("repaired", ""),
+        "distilled": known.get(last, ""),
+        "steps": last,
+    }
 
 
 def _name(findings: Findings, record: Record) -> dict[str, str]:

@@ -76,7 +76,6 @@ def render(recipe: Recipe, folder: RunFolder, findings: Findings) -> str:
         screened=sum(bool(trial.get("screened")) for trial in findings.trials),
         objectives=findings.front.get("objectives", ()),
         finalists=lineup.rows(findings),
-        stations=lineup.columns(findings),
         strips=lineup.strips(findings, layers),
         tournament=tournament_words(findings.finalists),
         distillation=findings.distillation,
