@@ -13,6 +13,7 @@ from minipuzzle.recipe import Recipe
 from .ranges import axis_sizes
 
 FILE = "latency.json"
+SECONDS = 60.0  # that the measurement may take
 
 
 def wants_latency(recipe: Recipe) -> bool:
@@ -39,6 +40,7 @@ def recipe_latency(recipe: Recipe, model: Model, work: Path) -> LatencyTable:
         sizes,
         model.device,
         stored_dtype(Checkpoint.open(model.folder)),
+        limit=SECONDS,
     )
     table.save(path)
     return table

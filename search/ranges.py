@@ -105,6 +105,10 @@ def _removals(
     order = [unit for unit in order if not set(unit) & (dropped | set(config.protect))]
     most = _most(architecture, family, config)
     if config.layers == "free":
+        kinds = {unit: {architecture.layers[i].kind for i in unit} for unit in order}
+        order = [
+            u for u in order if all(most[k] > _number(architecture, dropped, k) for k in kinds[u])
+        ]
         free = {f"layer.{unit[0]}": unit for unit in sorted(order)}
         parameters = [Parameter(name, (KEPT, GONE)) for name in free]
         return Layers(free=free, most=most, dropped=dropped), parameters
@@ -238,7 +242,11 @@ def smallest(space: Space) -> Point:
 
 
 def _dropped(space: Space, kind: str) -> int:
-    return sum(space.architecture.layers[i].kind == kind for i in space.layers.dropped)
+    return _number(space.architecture, space.layers.dropped, kind)
+
+
+def _number(architecture: Architecture, layers: frozenset[int], kind: str) -> int:
+    return sum(architecture.layers[i].kind == kind for i in layers)
 
 
 def _weight(space: Space, unit: tuple[int, ...]) -> int:
