@@ -98,7 +98,7 @@ class ProxyEvaluator:
             trie = Trie.of([decided[c] for c in members])
             states = walk_together(self.walk, candidates, trie, ids[rows], self.maker)
             channels = [selection.hidden for selection in candidates]
-            part = self._compare(ids[rows], reference[rows], states, channels)
+            part = self.compare(ids[rows], reference[rows], states, channels)
             for place, c in enumerate(members):
                 found[c, rows] = part[place]
         return found
@@ -114,14 +114,18 @@ class ProxyEvaluator:
             state_bytes=self.state_bytes,
         )
 
-    def _compare(
+    def compare(
         self,
         ids: torch.Tensor,
         reference: torch.Tensor,
         states: Sequence[torch.Tensor],
         channels: Sequence[Indices | None],
     ) -> torch.Tensor:
-        """Sums of all candidates on ids (B, T): (candidates, B, 3), fp64 on the CPU."""
+        """Sums of all candidates on ids (B, T), as of `sums`: (candidates, B, 3).
+
+        `reference` are the teacher's states before the head, `states` those of the candidates
+        before the final norm, `channels` what they keep of the stream.
+        """
         rows, tokens = ids.shape
         table = torch.empty(len(states), 3, rows * tokens, device=self.walk.device)
         targets = F.pad(ids[:, 1:], (0, 1), value=-1).flatten().to(self.walk.device)
