@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from minipuzzle.data.blocks import recipe_blocks
+from minipuzzle.files import atomic_write_json
+from minipuzzle.jsonfile import read_json
 from minipuzzle.model import Model
 from minipuzzle.recipe import Recipe
 from minipuzzle.scores import Scores
@@ -42,12 +45,21 @@ class Judge:
             return [Judged(proxies, screened) for proxies, screened in self.screen(selections)]
         return [Judged(proxies, screened=False) for proxies in self.evaluate(selections)]
 
+    def remind(self, best: Point) -> None:
+        """Compare with the best point so far; a resumed study has not seen it here."""
+        if self.screen is not None:
+            self.screen.remind(self.space.selection(best, self.scores))
+
     def divergences(self, selections: Sequence[Selection]) -> list[float]:
         """KL to the teacher on the first sequences alone."""
         found = self.evaluate(selections, blocks=slice(0, PRICE_BLOCKS))
         return [proxies.kl for proxies in found]
 
 
-def study_seeds(space: Space, scores: Scores, judge: Judge) -> list[Point]:
-    """The additive and greedy solutions, at prices measured by the judge."""
-    return additive_seeds(space, measure_prices(space, scores, judge.divergences))
+def study_seeds(space: Space, scores: Scores, judge: Judge, path: Path) -> list[Point]:
+    """The additive and greedy solutions, at prices measured by the judge; kept in a file."""
+    if not path.exists():
+        prices = measure_prices(space, scores, judge.divergences)
+        points = additive_seeds(space, prices)
+        atomic_write_json(path, {"seeds": [point.to_json() for point in points]})
+    return [Point.from_json(record) for record in read_json(path)["seeds"]]

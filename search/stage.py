@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from .storage import sqlite_url
 from .study import Trial, search
 from .tournament import hold_tournament
 
+WORKER = "worker"  # folder of a process that only helps with a study
 UNIMPORTANT = {"storage", "heartbeat", "timeout"}  # settings that change no result
 
 
@@ -37,8 +39,8 @@ def run(recipe: Recipe, folder: RunFolder) -> None:
         recipe_space(recipe, architecture, family)
 
     def body(work: Path) -> None:
-        model, scores, space = _open(recipe, teacher, scored, work)
-        trials = find_trials(recipe, model, space, scores, sqlite_url(work / "study.db"))
+        model, space, scores = _open(recipe, teacher, scored, work)
+        trials = find_trials(recipe, model, space, scores, work)
         results = hold_tournament(recipe, model, space, scores, trials, work)
         write_results(recipe, space, scores, trials, results, work)
 
@@ -60,30 +62,39 @@ def work_along(recipe: Recipe, folder: RunFolder) -> None:
         )
     teacher = resolve(recipe.model, recipe.revision)
     scored = folder.artefact("scores")
-    folder.path.mkdir(parents=True, exist_ok=True)
-    model, scores, space = _open(recipe, teacher, scored, folder.path)
-    find_trials(recipe, model, space, scores, recipe.search.storage)
+    work = folder.path / WORKER
+    work.mkdir(parents=True, exist_ok=True)
+    find_trials(recipe, *_open(recipe, teacher, scored, work), work)
 
 
-def _open(recipe: Recipe, teacher: Path, scored: Path, work: Path) -> tuple[Model, Scores, Space]:
+def _open(recipe: Recipe, teacher: Path, scored: Path, work: Path) -> tuple[Model, Space, Scores]:
     model, scores = load(teacher), Scores.load(scored)
     scores.check(model.architecture, Checkpoint.open(teacher).fingerprint())
     latency = recipe_latency(recipe, model, work) if wants_latency(recipe) else None
-    return model, scores, recipe_space(recipe, model.architecture, model.family, scores, latency)
+    space = recipe_space(recipe, model.architecture, model.family, scores, latency)
+    return model, space, scores
 
 
 def find_trials(
-    recipe: Recipe, model: Model, space: Space, scores: Scores, own_storage: str
+    recipe: Recipe, model: Model, space: Space, scores: Scores, work: Path
 ) -> list[Trial]:
-    """Run the study, from where an interrupted one stopped."""
-    judge = Judge(recipe, model, space, scores)
+    """Run the study, from where an interrupted one stopped; `work` is this process' folder."""
+    judge, settings = Judge(recipe, model, space, scores), recipe.search
     return search(
         space,
         judge,
-        settings=recipe.search,
+        settings=settings,
         seed=recipe.seed,
-        storage=recipe.search.storage or own_storage,
-        seeds=study_seeds(space, scores, judge) if recipe.search.seeded else (),
+        storage=recipe.search.storage or sqlite_url(work / "study.db"),
+        seeds=study_seeds(space, scores, judge, work / "seeds.json") if settings.seeded else (),
+        identity={
+            "model": scores.provenance.get("teacher"),
+            "scores": scores.provenance,
+            "budget": asdict(space.limits),
+            "deployment": recipe.deployment.options(),
+            "search text": recipe.data.search.model_dump(mode="json"),
+        },
+        remind=judge.remind,
     )
 
 
