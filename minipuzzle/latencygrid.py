@@ -59,13 +59,14 @@ class Grid:
         """All points, the last axis fastest."""
         yield from product(*self.knots.values())
 
-    def own(self, hidden: int) -> Place:
-        """Where the uncut layer stands in a stream of width `hidden`."""
-        return self.place(self.layer, hidden)
-
     def place(self, layer: Layer, hidden: int) -> Place:
         """Where a layer stands; it need not be a point that is measured."""
         return (hidden, *(coordinate(layer, axis) for axis in CUT_AXES[self.kind]))
+
+    def described(self, place: Place) -> str:
+        """A point in words: "width 704"."""
+        named = zip(CUT_AXES[self.kind], place[1:], strict=True)
+        return ", ".join(f"{axis} {value}" for axis, value in named)
 
     def layer_at(self, place: Place) -> Layer:
         """The layer at a point."""

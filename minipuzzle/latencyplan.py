@@ -16,7 +16,7 @@ from minipuzzle.families import Family
 from minipuzzle.latencygrid import HIDDEN, Grid, Place, grids, thinned
 from minipuzzle.memory import Deployment
 
-COPIES = 4  # layers of each kind in a probe
+FEW, MANY = 2, 8  # layers of a kind in a probe
 HIDDEN_KNOTS = 3
 
 Part = tuple[Kind | None, Place]
@@ -35,10 +35,11 @@ class Probe:
 class Plan:
     """The probes of a model's latency table.
 
-    For each hidden size: `COPIES` layers of every kind; twice as many; all but one of a kind (or
-    block) less; and for every other point of the grids the first with one kind changed. Every kind
-    stands in every probe, as in the models that the table is for: what overlaps there (the host's
-    calls with the device's work) overlaps here.
+    For each hidden size: one layer of every kind; `MANY` of every kind; and for every point of the
+    grids many layers of that kind and size among a `FEW` of the others, so that the part in
+    question is most of what is timed. Every kind stands in every probe, evenly spread as in the
+    models that the table is for: what overlaps there (the host's calls with the device's work)
+    overlaps here.
     """
 
     architecture: Architecture
@@ -100,33 +101,23 @@ class Plan:
         return dict(zip(parts, found.tolist(), strict=True)), float(misfit)
 
     def _probes(self) -> Iterator[tuple[str, Probe]]:
+        own = {kind: grid.layer for kind, grid in self.grids.items()}
         for hidden in self.hidden:
-            usual = {kind: (COPIES, grid.layer) for kind, grid in self.grids.items()}
-            yield f"{hidden}: usual", self._probe(hidden, usual)
-            twice = {kind: (2 * COPIES, layer) for kind, (_, layer) in usual.items()}
-            yield f"{hidden}: twice", self._probe(hidden, twice)
-            for together in self._units():
-                less = usual | {kind: (1, usual[kind][1]) for kind in together}
-                yield f"{hidden}: less {'+'.join(together)}", self._probe(hidden, less)
+            yield f"{hidden}: one of each", self._probe(hidden, own, dict.fromkeys(own, 1))
+            yield f"{hidden}: many of each", self._probe(hidden, own, dict.fromkeys(own, MANY))
             for kind, grid in self.grids.items():
+                together = self.family.block or (kind,)
+                numbers = {k: MANY if k in together else FEW for k in own}
                 for place in grid.places():
-                    if place[0] == hidden and place != grid.own(hidden):
-                        other = usual | {kind: (COPIES, grid.layer_at(place))}
-                        yield f"{hidden}: {kind} {place[1:]}", self._probe(hidden, other)
+                    if place[0] == hidden:
+                        layers = own | {kind: grid.layer_at(place)}
+                        name = f"{hidden}: {kind} {grid.described(place)}"
+                        yield name, self._probe(hidden, layers, numbers)
 
-    def _units(self) -> list[tuple[Kind, ...]]:
-        """Kinds that can only go together."""
-        return [self.family.block] if self.family.block else [(kind,) for kind in self.grids]
-
-    def _probe(self, hidden: int, layers: Mapping[Kind, tuple[int, Layer]]) -> Probe:
-        stack = [
-            layer
-            for copy in range(2 * COPIES)
-            for kind in KINDS
-            if kind in layers
-            for number, layer in [layers[kind]]
-            if copy < number
-        ]
+    def _probe(
+        self, hidden: int, layers: Mapping[Kind, Layer], numbers: Mapping[Kind, int]
+    ) -> Probe:
+        stack = [layers[kind] for kind in evenly(numbers)]
         model = replace(self.architecture, hidden=hidden, layers=tuple(stack))
         parts: Counter[Part] = Counter({(None, (hidden,)): 1})
         for layer in stack:
@@ -142,3 +133,13 @@ class Plan:
         inside = kind is not None
         specs = self.family.tensors(model)
         return sum(spec.size for spec in specs if (spec.layer is not None) == inside)
+
+
+def evenly(numbers: Mapping[Kind, int]) -> list[Kind]:
+    """So many of each kind, evenly spread; equal numbers alternate in the order of `KINDS`."""
+    places = [
+        ((i + 0.5) / numbers[kind], order, kind)
+        for order, kind in enumerate(KINDS)
+        for i in range(numbers.get(kind, 0))
+    ]
+    return [kind for _, _, kind in sorted(places)]

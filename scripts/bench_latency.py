@@ -37,7 +37,7 @@ from minipuzzle.source import demo_teacher
 from minipuzzle.units import parse_tokens
 
 DEMO = "demo"
-ROUNDS = {"cpu": 40, "cuda": 60}
+ROUNDS = {"cpu": 80, "cuda": 60}
 
 
 def narrower_heads(whole: Architecture, share: float) -> Architecture:
