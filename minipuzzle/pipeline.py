@@ -96,7 +96,9 @@ def dry_run(recipe: Recipe, folder: RunFolder) -> None:
     """Print roughly what each stage will need; writes nothing."""
     from minipuzzle import estimate
 
-    progress.say(estimate.render(estimate.estimate(recipe), _done(folder)))
+    machine = estimate.this_machine()
+    needs = estimate.estimate(recipe, machine)
+    progress.say(estimate.render(needs, _done(folder), machine.free))
 
 
 def _require_disk(recipe: Recipe, folder: RunFolder) -> None:
