@@ -5,9 +5,9 @@ search text that a study reads; some of them, from very good to mediocre by eith
 then repaired for good and distilled for a little, and compared on other search text ("final").
 
     python scripts/proxy_correlation.py
-    python scripts/proxy_correlation.py --only measure --share 1/4    # in processes side by side
+    python scripts/proxy_correlation.py --only draw      # from the results file
 
-choose, measure and report can be called one by one; what lies in --work is not measured again.
+What lies in --work is not measured again; with --processes several measure side by side.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -52,6 +54,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "minipuzzle" / "demo" / "demo.yaml"
 DRAWING = ROOT / "docs" / "images" / "proxy-correlation.svg"
 MEDIOCRE = 0.6  # of the pool, from the best on, is what candidates are taken from
+STEPS = ["choose", "measure", "report", "draw"]
+TABLE = "proxy_correlation.json"
 BATCH = 32  # candidates judged together
 
 
@@ -244,8 +248,7 @@ def report(bench: Bench, options: argparse.Namespace) -> None:
         "candidates": sorted(rows, key=lambda row: float(row["final"]["kl"])),
     }
     options.results.mkdir(parents=True, exist_ok=True)
-    atomic_write_json(options.results / "proxy_correlation.json", result)
-    draw(rows, found, options.drawing)
+    atomic_write_json(options.results / TABLE, result)
     figures = {name: (round(found[proxy]["rho"], 3), "Spearman") for name, proxy in FIGURES.items()}
     record("search", figures, folder=options.results)
     for proxy, entry in found.items():
@@ -259,7 +262,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--only", choices=["choose", "measure", "report"], help="one step (default: all)")
+    add("--only", choices=STEPS, help="one step (default: all)")
+    add("--processes", type=int, default=1, help="that measure side by side")
     add("--share", default="1/1", metavar="K/N", help="measure every Nth candidate from the Kth on")
     add("--recipe", type=Path, default=RECIPE, help="space, texts, repair and rate")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override of the recipe")
@@ -301,16 +305,34 @@ def prepare(options: argparse.Namespace) -> Bench:
     )
 
 
+def side_by_side(options: argparse.Namespace) -> None:
+    """Measure in processes of their own, each a share of the candidates."""
+    shares = [f"{own}/{options.processes}" for own in range(1, options.processes + 1)]
+    running = [
+        subprocess.Popen([sys.executable, *sys.argv, "--only", "measure", "--share", share])
+        for share in shares
+    ]
+    failed = [share for share, each in zip(shares, running, strict=True) if each.wait()]
+    if failed:
+        raise SystemExit(f"these shares failed: {', '.join(failed)}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Choose, measure, report."""
+    """Choose, measure, report, draw."""
     options = parse(arguments)
-    bench = prepare(options)
-    steps = [options.only] if options.only else ["choose", "measure", "report"]
-    chosen = choose(bench, options)
-    if "measure" in steps:
-        measure(bench, chosen, options)
-    if "report" in steps:
-        report(bench, options)
+    steps = [options.only] if options.only else STEPS
+    if steps != ["draw"]:
+        bench = prepare(options)
+        chosen = choose(bench, options)
+        if "measure" in steps and options.only is None and options.processes > 1:
+            side_by_side(options)
+        elif "measure" in steps:
+            measure(bench, chosen, options)
+        if "report" in steps:
+            report(bench, options)
+    if "draw" in steps:
+        result = json.loads((options.results / TABLE).read_text())
+        draw(result["candidates"], result["correlations"], options.drawing)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import pearsonr, rankdata
+from scipy.stats import ConstantInputWarning, pearsonr, rankdata
 
 Rows = Sequence[Mapping[str, Any]]
 Values = np.ndarray[Any, Any]
@@ -45,9 +46,15 @@ def finals(rows: Rows) -> Values:
 
 
 def spearman(left: Values, right: Values) -> Values:
-    """Rank correlation along the last axis: (..., candidates) twice -> (...)."""
-    found: Values = pearsonr(rankdata(left, axis=-1), rankdata(right, axis=-1), axis=-1).statistic
-    return found
+    """Rank correlation along the last axis, 0 where a side is constant.
+
+    (..., candidates) twice -> (...)
+    """
+    ranks = [rankdata(side, axis=-1) for side in (left, right)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConstantInputWarning)
+        found: Values = pearsonr(*ranks, axis=-1).statistic
+    return np.nan_to_num(found)
 
 
 def resamples(number: int, seed: int) -> Values:
@@ -81,7 +88,7 @@ def agreement(rows: Rows) -> float:
 
 def with_interval(value: Values, sampled: Values) -> dict[str, float]:
     """A value and the middle 95 % of what resamples give."""
-    low, high = np.nanquantile(sampled, (0.025, 0.975))
+    low, high = np.quantile(sampled, (0.025, 0.975))
     return {"rho": float(value), "low": float(low), "high": float(high)}
 
 
@@ -105,6 +112,7 @@ def draw(rows: Rows, found: Mapping[str, Mapping[str, float]], path: Path) -> No
     matplotlib.rcParams["svg.hashsalt"] = "minipuzzle"
     matplotlib.rcParams["svg.fonttype"] = "none"
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     kinds = sorted({row["kind"] for row in rows})
     figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.9), sharey=True, layout="constrained")
@@ -114,10 +122,13 @@ def draw(rows: Rows, found: Mapping[str, Mapping[str, float]], path: Path) -> No
             axis.scatter(column(own, proxy), finals(own), s=26, color=colour, label=kind)
         entry = found[proxy]
         numbers = f"{entry['rho']:.2f} [{entry['low']:.2f}, {entry['high']:.2f}]"
-        axis.set_title(f"{proxy}: {numbers}", fontsize=10)
+        axis.set_title(f"{proxy}: rank correlation {numbers}", fontsize=9)
         axis.set_xlabel(f"{proxy}, nats", fontsize=9)
-        axis.set_xscale("log")
-        axis.set_yscale("log")
+        axis.set(xscale="log", yscale="log")
+        for ticks in (axis.xaxis, axis.yaxis):
+            ticks.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ticks.set_major_formatter(StrMethodFormatter("{x:g}"))
+            ticks.set_minor_formatter(NullFormatter())
         axis.grid(visible=True, which="both", alpha=0.2)
     axes[0].set_ylabel("KL after repair and distillation, nats", fontsize=9)
     figure.legend(

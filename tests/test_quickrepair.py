@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+import proxy_correlation
+import rank_correlations
 
 from minipuzzle import model
 from minipuzzle.errors import UserError
@@ -227,3 +236,42 @@ def test_infinite_activations_are_an_error(tmp_path: Path) -> None:
     maker = QuickRepair(teacher, IDS[:4])
     with pytest.raises(UserError, match=r"writer of layer 1 .* not finite"):
         maker.layer(NEMOTRON["width"], 1)
+
+
+def candidates(number: int) -> list[dict[str, Any]]:
+    """Records as the script keeps them: the quick repair knows the end, the cut knows nothing."""
+    generator = random.Random(0)
+    rows: list[dict[str, Any]] = []
+    for place in range(number):
+        final, noise = generator.random(), generator.random()
+        row = {"number": place, "kind": generator.choice("abc"), "final": {"kl": final}}
+        for station, kl in (("cut", noise), ("quick", final**2), ("repaired", final)):
+            row[station] = {"kl": kl, "accuracy": round(-kl, 1), "agreement": -kl}
+        rows.append(row)
+    return rows
+
+
+def test_rank_correlations_are_those_of_scipy() -> None:
+    rows = candidates(40)
+    found = rank_correlations.correlations(rows, 0)
+    assert found["KL, quick repair"] == pytest.approx({"rho": 1, "low": 1, "high": 1})
+    assert found["KL as cut"]["low"] < found["KL as cut"]["rho"] < found["KL as cut"]["high"] < 0.8
+    accuracy = [-row["cut"]["accuracy"] for row in rows]  # with ties
+    expected = spearmanr(accuracy, [row["final"]["kl"] for row in rows]).statistic
+    assert found["accuracy as cut"]["rho"] == pytest.approx(expected)
+    gain = rank_correlations.difference(rows, 0)
+    assert gain["rho"] == pytest.approx(1 - found["KL as cut"]["rho"])
+    assert rank_correlations.picks(rows)["KL, full repair"] == {"best_of_1": 0, "best_of_3": 0}
+
+
+def test_candidates_are_spread_over_both_judgements() -> None:
+    rows = candidates(200)
+    taken = proxy_correlation.stratified(rows, 24)
+    assert len({row["number"] for row in taken}) == 24
+    for proxy in ("cut", "quick"):
+        ranked = sorted(rows, key=lambda row: float(row[proxy]["kl"]))
+        places = [ranked.index(row) for row in taken]
+        assert min(places) < 10 and np.percentile(places, 40) < 100
+        assert sum(80 <= place < 120 for place in places) >= 4
+    numbers = [sum(row["kind"] == kind for row in taken) for kind in "abc"]
+    assert max(numbers) - min(numbers) <= 2
