@@ -1,0 +1,270 @@
+"""The study's database: opened with errors in one line, and signs of life of its workers.
+
+Optuna sends heartbeats only from `Study.optimize`, which evaluates one trial at a time. Ours are
+asked for in batches, so `Watch` sends them, through the same interface of the storage.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import optuna
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
+from optuna.trial import TrialState
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    IntegrityError,
+    NoSuchModuleError,
+    OperationalError,
+    ProgrammingError,
+    SQLAlchemyError,
+)
+
+from minipuzzle.errors import UserError
+from minipuzzle.files import is_disk_full
+
+GRACE = 2.5  # heartbeats that a trial may miss before its worker counts as dead
+OPEN_ATTEMPTS = 10  # to make tables that other workers are making
+SQLITE_SECONDS = 60  # to wait for another process that writes
+
+
+T = TypeVar("T")
+
+
+def sqlite_url(path: Path) -> str:
+    """The storage URL of a database file."""
+    return f"sqlite:///{path.absolute()}"
+
+
+def open_storage(url: str, heartbeat: int | None = None) -> RDBStorage:
+    """Open an Optuna storage; its tables are made when they are not there.
+
+    Args:
+        url: of SQLAlchemy; `postgresql://` means the driver of the extra `postgres`.
+        heartbeat: seconds between signs of life; None: the storage is nobody else's.
+
+    Raises:
+        UserError: when the URL is none, its driver is not installed, or the database cannot be
+            reached or written. No message holds a password.
+    """
+    parsed = _parsed(url)
+    options: dict[str, Any] = {"engine_kwargs": _engine_options(parsed)}
+    if heartbeat is not None:
+        with quiet():
+            retry = RetryHeartbeatStaleTrialCallback()
+        options["heartbeat_interval"] = heartbeat
+        options["grace_period"] = grace_seconds(heartbeat)
+        options["heartbeat_stale_trial_callback"] = retry
+    with storage_errors(url):
+        return make_tables(lambda: _open(parsed, options))
+
+
+def make_tables(make: Callable[[], T]) -> T:
+    """Call `make` until it works: of workers that start together all but one may be refused."""
+    for attempt in range(OPEN_ATTEMPTS):
+        try:
+            return make()
+        except (IntegrityError, ProgrammingError, OperationalError) as error:
+            if "already exists" not in str(error) and "unique" not in str(error).lower():
+                raise
+            time.sleep(0.1 * (attempt + 1))
+    return make()
+
+
+def grace_seconds(heartbeat: int) -> int:
+    """Seconds without a sign of life after which a worker counts as dead."""
+    return round(GRACE * heartbeat)
+
+
+def _open(url: URL, options: dict[str, Any]) -> RDBStorage:
+    with quiet():
+        storage = RDBStorage(url.render_as_string(hide_password=False), **options)
+    if url.get_backend_name() == "sqlite":
+        _require_writable(url)
+    return storage
+
+
+def _require_writable(url: URL) -> None:
+    """UserError when the database is a file that cannot be written.
+
+    SQLite itself notices that only when the first trial is written.
+    """
+    path = url.database
+    if not path or path == ":memory:":
+        return
+    try:
+        with open(path, "r+b"):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"the storage {path} cannot be written ({error.strerror}); "
+            "name another with search.storage"
+        ) from None
+
+
+def _parsed(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        raise UserError(
+            "search.storage is no storage URL; write sqlite:///study.db or "
+            "postgresql://user:password@host/database"
+        ) from None
+    if parsed.drivername in ("postgresql", "postgres"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    return parsed
+
+
+def _engine_options(url: URL) -> dict[str, Any]:
+    if url.get_backend_name() == "sqlite":
+        return {"connect_args": {"timeout": SQLITE_SECONDS}}
+    # a connection that idled through a long evaluation may be gone
+    return {"pool_pre_ping": True}
+
+
+@contextmanager
+def storage_errors(url: str) -> Iterator[None]:
+    """Turn what libraries raise when a database cannot be used into a UserError."""
+    name = _shown(url)
+    try:
+        yield
+    except NoSuchModuleError:
+        raise UserError(
+            f"the storage {name} is of a kind that is not known here; "
+            "use sqlite:/// or postgresql://"
+        ) from None
+    except ImportError:
+        raise UserError(
+            f"the storage {name} needs a driver that is not installed; "
+            "for PostgreSQL: pip install 'minipuzzle[postgres]'"
+        ) from None
+    except (SQLAlchemyError, StorageInternalError) as error:
+        if is_disk_full(error):
+            raise
+        raise UserError(
+            f"the storage {name} cannot be used: {_reason(error, url)}; "
+            "see that it runs, and that search.storage names its user, password and database"
+        ) from None
+
+
+def _shown(url: str) -> str:
+    """The URL without its password, wherever that stands."""
+    return _parsed(url).set(query={}).render_as_string(hide_password=True)
+
+
+def _reason(error: BaseException, url: str) -> str:
+    """The last line of what the driver says, without the password."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, DBAPIError):
+        cause = cause.__cause__ or cause.__context__
+    text = str(cause.orig if isinstance(cause, DBAPIError) else error).strip()
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    reason = next((line for line in lines if "failed" in line or "FATAL" in line), lines[0])
+    for secret in _secrets(url):
+        reason = reason.replace(secret, "***")
+    return reason.rstrip(".")
+
+
+def _secrets(url: str) -> Iterator[str]:
+    parsed = _parsed(url)
+    if parsed.password:
+        yield parsed.password
+    for name, value in parsed.query.items():
+        if "pass" in name:
+            yield from [value] if isinstance(value, str) else value
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without Optuna's warnings that heartbeats and metric names are experimental."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        yield
+
+
+class Watch:
+    """Signs of life of this worker's trials, and an eye on those of the others.
+
+    It has a storage of its own: the study's has no heartbeat, since `ask` warns where it sees one.
+    """
+
+    def __init__(self, url: str, study: str, heartbeat: int) -> None:
+        self._heartbeat, self._grace = heartbeat, grace_seconds(heartbeat)
+        self._storage = open_storage(url, heartbeat)
+        self._study = optuna.load_study(study_name=study, storage=self._storage)
+        self._id = self._storage.get_study_id_from_name(study)
+        self._mine: set[int] = set()  # numbers of trials
+        self._first_seen: dict[int, float] = {}  # others' running trials
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def begin(self, number: int) -> None:
+        """Send signs of life of a trial from now on, the first at once."""
+        self._mine.add(number)
+        self._record(number)
+
+    def end(self, number: int) -> None:
+        """Send no more: the trial is over."""
+        self._mine.discard(number)
+
+    def sweep(self) -> None:
+        """Fail the trials of workers that are dead; each is queued again."""
+        with quiet():
+            fail_stale_trials(self._study)
+        self._adopt()
+
+    def others_open(self) -> bool:
+        """Whether trials that are not this worker's are running or wait to be run."""
+        states = (TrialState.RUNNING, TrialState.WAITING)
+        trials = self._study.get_trials(deepcopy=False, states=states)
+        return any(trial.number not in self._mine for trial in trials)
+
+    def _adopt(self) -> None:
+        """Send one sign of life for trials of others that may never have had any.
+
+        A worker that dies between asking for a trial and its first heartbeat leaves one that would
+        never go stale. Whoever was seen running for longer than the grace period is alive, or is
+        such a one; a heartbeat does no harm to the first and starts the clock of the second.
+        """
+        now = time.monotonic()
+        running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        others = {trial.number for trial in running} - self._mine
+        self._first_seen = {n: self._first_seen.get(n, now) for n in others}
+        for number, since in self._first_seen.items():
+            if now - since > self._grace:
+                self._record(number)
+                self._first_seen[number] = float("inf")
+
+    def _record(self, number: int) -> None:
+        trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._id, number)
+        self._storage.record_heartbeat(trial_id)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self._heartbeat):
+            for number in sorted(self._mine.copy()):
+                # a database that is away for a moment; the worker itself will notice if it stays so
+                with suppress(SQLAlchemyError, StorageInternalError):
+                    self._record(number)
