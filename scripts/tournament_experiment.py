@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,7 +41,6 @@ from minipuzzle.search.finalists import finalists
 from minipuzzle.search.ranges import recipe_space
 from minipuzzle.search.stage import find_trials
 from minipuzzle.search.standings import Finalist, Record, rank_table, value_after
-from minipuzzle.search.storage import sqlite_url
 from minipuzzle.search.tournament import Tournament, check_tournament
 from minipuzzle.source import resolve
 
@@ -81,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "seconds_of_this_call": round(time.monotonic() - started, 1),
     }
     write(options, result)
+    if options.clear:
+        tournament.clear()
 
 
 def choose(recipe: Recipe, teacher: Model, run: Path) -> list[Finalist]:
@@ -89,7 +89,7 @@ def choose(recipe: Recipe, teacher: Model, run: Path) -> list[Finalist]:
     run_score(recipe, folder)
     scores = Scores.load(folder.artefact("scores"))
     space = recipe_space(recipe, teacher.architecture, teacher.family, scores)
-    trials = find_trials(recipe, teacher, space, scores, sqlite_url(run / "study.db"))
+    trials = find_trials(recipe, teacher, space, scores, run)
     chosen = finalists(trials, space, recipe.search.tournament.finalists)
     return [Finalist(t, space.selection(t.point, scores), run / "tournament") for t in chosen]
 
@@ -169,7 +169,7 @@ def paired(one: Sequence[BitsPerByte], other: Sequence[BitsPerByte]) -> dict[str
 def summary(player: Record) -> dict[str, Any]:
     """What the table of ranks says of a finalist."""
     kl = {"proxy": player["kl"], "cut": player["cut"]["kl"], "repair": player["repaired"]["kl"]}
-    kl |= {f"{rung['steps']} steps": rung["kl"] for rung in player["rungs"]}
+    kl |= {f"step {rung['steps']}": rung["kl"] for rung in player["rungs"]}
     keys = ("number", "point", "memory_bytes", "parameters", "ranks", "tasks")
     return {key: player[key] for key in keys if key in player} | {"kl": kl}
 
@@ -201,8 +201,6 @@ def write(options: argparse.Namespace, result: Mapping[str, Any]) -> None:
     }
     record("search", figures, folder=options.results)
     print(f"winner minus proxy's first choice: {difference:+.5f} bits per byte", flush=True)
-    if options.clear:
-        shutil.rmtree(options.run / "tournament")
 
 
 def make_recipe(options: argparse.Namespace) -> Recipe:
@@ -237,11 +235,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--trials", type=int, default=64, help="candidates of the study")
     add("--finalists", type=int, default=8)
-    add("--steps", type=int, nargs="+", default=[24, 48, 96], help="of the rungs, counted from 0")
+    add("--steps", type=int, nargs="+", default=[16, 40, 80], help="of the rungs, counted from 0")
     add("--keep", type=int, nargs="*", default=[5, 3], help="that go on, of all rungs but the last")
     add("--tasks", nargs="*", default=["demo_search"], help="that rank the last")
     add("--limit", type=int, default=200, help="questions per task")
-    add("--report-blocks", type=int, default=256, help="sequences of report text")
+    add("--report-blocks", type=int, default=192, help="sequences of report text")
     add("--results", type=Path, default=RESULTS, help="folder of the results files")
     add("--clear", action="store_true", help="remove the finalists' models in the end")
     return parser.parse_args(arguments)

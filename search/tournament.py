@@ -163,14 +163,14 @@ class Tournament:
 
     def _rung(self, alive: Sequence[Finalist], steps: int) -> list[Finalist]:
         """All of them distilled up to `steps`, the best first."""
-        with progress.bar(f"{steps} steps", len(alive), "finalists") as bar:
+        with progress.bar(f"to step {steps}", len(alive), "finalists") as bar:
             for player in alive:
                 self.distil(player, steps)
                 bar.advance()
         ranked = sorted(alive, key=lambda p: (value_after(p, steps), p.number))
-        note_ranks(ranked, f"{steps} steps")
+        note_ranks(ranked, f"step {steps}")
         progress.say(
-            f"  after {steps} steps of {len(alive)} finalists: #{ranked[0].number} leads, "
+            f"  step {steps}: {len(alive)} finalists, #{ranked[0].number} leads, "
             f"KL {value_after(ranked[0], steps):.4f}"
         )
         return ranked

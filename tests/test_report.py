@@ -145,13 +145,13 @@ def finalist(trial: dict[str, Any], kls: tuple[float, ...], layers: int) -> dict
     """A trial after the tournament; its last layer is gone, layer 1 is narrowed."""
     whole: list[dict[str, int] | None] = [{} for _ in range(layers)]
     whole[1], whole[-1] = {"width": 36}, None
-    stations = ("4 steps", "8 steps")
+    stations = ("step 4", "step 8")
     ranks = {"proxy": trial["number"] + 1, "repair": trial["number"] + 1}
     for i, kl in enumerate(kls):
         field = sorted(rungs[i] for _, rungs in FINALISTS if len(rungs) > i)
         ranks[stations[i]] = 1 + field.index(kl)
     rungs = [
-        {"steps": int(name.split()[0]), "kl": kl, "agreement": 0.9, "loss": 2.0}
+        {"steps": int(name.split()[1]), "kl": kl, "agreement": 0.9, "loss": 2.0}
         for name, kl in zip(stations, kls, strict=False)
     ]
     record = {"layers": whole, "rungs": rungs, "ranks": ranks}
@@ -230,7 +230,7 @@ def test_a_whole_run(tmp_path: Path, recipe: Recipe) -> None:
         "over 4,096 tokens",
         "4 candidates under the budget",
         "The 1 faint ones",
-        "up to 4 steps (all) and 8 steps (2 of them)",
+        "up to step 4 (all) and step 8 (2 of them)",
         "The first before healing, #0, came in as number 2",
         "60.0 %",  # accuracy of the winner
         "64 of 64 greedy tokens",
@@ -394,8 +394,8 @@ def test_ranks_cross_where_they_change(recipe: Recipe) -> None:
     assert [tick.label for tick in chart.x_ticks] == [
         "proxy",
         "repair",
-        "4 steps",
-        "8 steps",
+        "step 4",
+        "step 8",
         "tasks",
     ]
     heights = {tick.label: tick.at for tick in chart.y_ticks}

@@ -35,13 +35,13 @@ from minipuzzle.search.proxies import Proxies
 from minipuzzle.search.ranges import recipe_space
 from minipuzzle.search.space import Point, Space
 from minipuzzle.search.standings import rank_table
-from minipuzzle.search.trials import Trial
 from minipuzzle.search.tournament import (
     FOLDER,
     Tournament,
     check_tournament,
     hold_tournament,
 )
+from minipuzzle.search.trials import Trial
 from tests.tiny import CONFIG
 from tests.tiny_text import TEXT, write_model
 
@@ -237,17 +237,17 @@ def test_all_reach_a_rung_before_any_goes_on(
 
 def test_records(straight: list[dict[str, Any]], place: Path) -> None:
     assert [len(record["rungs"]) for record in straight] == [2, 2, 1, 1]
-    assert [record["ranks"].get("5 steps") for record in straight] == [1, 2, None, None]
+    assert [record["ranks"].get("step 5") for record in straight] == [1, 2, None, None]
     assert [list(record["ranks"]) for record in straight][0] == [
         "proxy",
         "repair",
-        "2 steps",
-        "5 steps",
+        "step 2",
+        "step 5",
     ]
     for column, kl in (
         ("proxy", lambda r: r["kl"]),
         ("repair", lambda r: r["repaired"]["kl"]),
-        ("2 steps", lambda r: r["rungs"][0]["kl"]),
+        ("step 2", lambda r: r["rungs"][0]["kl"]),
     ):
         ranked = sorted(straight, key=kl)
         assert [record["ranks"][column] for record in ranked] == [1, 2, 3, 4]
@@ -384,7 +384,7 @@ def test_one_finalist_plays_nobody(
 def test_the_table_of_ranks(straight: list[dict[str, Any]]) -> None:
     lines = rank_table(straight).splitlines()
     assert max(map(len, lines)) <= 80 and len(lines) == 6
-    assert lines[0].split("  ")[0] == "finalist" and "5 steps" in lines[0]
+    assert lines[0].split("  ")[0] == "finalist" and "step 5" in lines[0]
     assert lines[2].startswith(f"#{straight[0]['number']}")
     assert lines[-1].split()[-2] == "-"  # did not play the last rung
 

@@ -146,7 +146,7 @@ def _columns(chart: Chart, names: Sequence[str], *, left: float) -> dict[str, fl
     columns = {name: left + i * apart for i, name in enumerate(names)}
     short = chart.narrow and len(names) > MANY_COLUMNS
     chart.x_ticks = [
-        Tick(at, name.removesuffix(" steps") if short else name) for name, at in columns.items()
+        Tick(at, name.removeprefix("step ") if short else name) for name, at in columns.items()
     ]
     return columns
 

@@ -74,7 +74,7 @@ def _course(record: Record) -> dict[str, str]:
     """KL after cut, repair and the last rung that was played, and how far that was."""
     known = {name: f"{kl:.4f}" for name, kl in stations(record)}
     rungs = record.get("rungs", ())
-    last = f"{rungs[-1]['steps']} steps" if rungs else ""
+    last = f"step {rungs[-1]['steps']}" if rungs else ""
     return {
         "cut": known.get("cut", ""),
         "repaired": known.get("repaired", ""),

@@ -68,7 +68,7 @@ def trial_words(trial: Record) -> str:
 def stations(record: Record) -> list[tuple[str, float]]:
     """Where a finalist came by, and its KL there: cut, repaired, after every rung."""
     found = [(name, record.get(name, {}).get("kl")) for name in ("cut", "repaired")]
-    found += [(f"{rung['steps']} steps", rung["kl"]) for rung in record.get("rungs", ())]
+    found += [(f"step {rung['steps']}", rung["kl"]) for rung in record.get("rungs", ())]
     return [(name, kl) for name, kl in found if kl is not None and math.isfinite(kl) and kl > 0]
 
 
@@ -79,7 +79,7 @@ def tournament_words(finalists: Sequence[Record]) -> str:
         return ""
     rungs = max((record["rungs"] for record in played), key=len)
     steps = _listed(
-        [f"{rung['steps']} steps ({_players(played, i)})" for i, rung in enumerate(rungs)]
+        [f"step {rung['steps']} ({_players(played, i)})" for i, rung in enumerate(rungs)]
     )
     tasks = sorted({name for record in played for name in record.get("tasks", {})})
     last = (
