@@ -47,6 +47,16 @@ class Model:
         """The folder's tokenizer; UserError when it has none."""
         return load_tokenizer(self.folder)
 
+    def block_config(self, shape: Architecture) -> Any:
+        """The stock configuration object of blocks of a shape; made once, as it takes its time."""
+        if shape not in self._block_configs:
+            self._block_configs[shape] = transformers_config(self.family, self.config, shape)
+        return self._block_configs[shape]
+
+    @cached_property
+    def _block_configs(self) -> dict[Architecture, Any]:
+        return {}
+
     def part(self, name: str) -> nn.Module:
         """`embed`, `norm` or `head` of the built model."""
         return self.module.get_submodule(self.family.modules[name])

@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from minipuzzle.architecture import Layer
 from minipuzzle.families.table import axis_sizes
-from minipuzzle.model import Model, prepare, transformers_config
+from minipuzzle.model import Model, prepare
 from minipuzzle.selection import Indices, LayerSelection, Selection, narrow
 from minipuzzle.slicing import dim_index, take
 from minipuzzle.streams import Stream
@@ -197,11 +197,10 @@ def narrow_layer(
     if channels is not None:
         kept["hidden"] = channels
     state = {}
-    for spec in model.family.tensors(model.architecture):
-        if spec.layer == i:
-            index = tuple(dim_index(dim, sizes, kept) for dim in spec.layout.dims)
-            name = spec.name.removeprefix(prefix)
-            state[name] = take(model.parameter(spec.name).detach(), index)
+    for spec in model.family.tensors_of(model.architecture, i):
+        index = tuple(dim_index(dim, sizes, kept) for dim in spec.layout.dims)
+        name = spec.name.removeprefix(prefix)
+        state[name] = take(model.parameter(spec.name).detach(), index)
     unknown = block.load_state_dict(state, strict=False, assign=True).unexpected_keys
     assert not unknown, unknown
     prepare(block, model.device)
@@ -217,8 +216,7 @@ def build_block(model: Model, i: int, layer: Layer, hidden: int) -> nn.Module:
     parent, size = model.architecture, model.family.layers_per_block
     start = i // size * size
     layers = (*parent.layers[start:i], layer, *parent.layers[i + 1 : start + size])
-    shape = replace(parent, layers=layers, hidden=hidden)
-    config = transformers_config(model.family, model.config, shape)
+    config = model.block_config(replace(parent, layers=layers, hidden=hidden))
     with torch.device("meta"):
         module: nn.Module = type(model.layer(i))(config, 0)
     return module

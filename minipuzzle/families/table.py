@@ -113,11 +113,15 @@ class Family:
         after = [t for t in self.model_tensors if t.role != "embedding"]
         for layout in before:
             yield from self._spec(layout, "", architecture, None)
-        for i, layer in enumerate(architecture.layers):
-            for layout in self.layer_tensors[layer.kind]:
-                yield from self._spec(layout, self.prefix(i), architecture, i)
+        for i in range(len(architecture.layers)):
+            yield from self.tensors_of(architecture, i)
         for layout in after:
             yield from self._spec(layout, "", architecture, None)
+
+    def tensors_of(self, architecture: Architecture, i: int) -> Iterator[TensorSpec]:
+        """The tensors of layer i."""
+        for layout in self.layer_tensors[architecture.layers[i].kind]:
+            yield from self._spec(layout, self.prefix(i), architecture, i)
 
     def whole_blocks(self, removed: Mapping[Kind, int]) -> bool:
         """Whether so many layers of each kind can go without leaving part of a block."""
