@@ -268,7 +268,7 @@ def _search(work: Work) -> Need:
     tokens = _tokens(work.recipe.data.search, settings.blocks)
     seconds = work.forward_seconds(work.teacher + settings.trials * work.student, tokens)
     states = min(settings.batch * work.activation_bytes(tokens), STATES_BYTES)
-    memory = work.teacher * work.machine.weight + states
+    memory = work.teacher * work.machine.weight + states + _quick_repair_bytes(work)
     if settings.tournament.finalists == 1:
         return Need("search", 2**20, memory, seconds)
     players = settings.tournament.finalists
@@ -279,6 +279,16 @@ def _search(work: Work) -> Need:
         max(memory, _training_memory(work)),
         seconds + _tournament_seconds(work),
     )
+
+
+def _quick_repair_bytes(work: Work) -> float:
+    """The teacher's streams before all layers, and two caches, where candidates are repaired."""
+    search = work.recipe.search
+    if search.proxy == "cut":
+        return 0.0
+    tokens = _tokens(work.recipe.data.calibration, search.tournament.blocks)
+    streams = len(work.architecture.layers) + 1
+    return streams * tokens * work.architecture.hidden * work.machine.weight + 2 * 2**30
 
 
 def _tournament_seconds(work: Work) -> float:
