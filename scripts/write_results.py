@@ -17,6 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from render_scores import comparison, defaults_table
+from render_tournament import tournaments
 
 from minipuzzle.results import MODELS
 from minipuzzle.units import format_bytes, format_count, format_seconds
@@ -201,6 +202,12 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[Mapping[str, Any]], str]], ...] =
         "`python scripts/compare_pruners.py`, explained in "
         "[how the scores compare](../how-scores-compare.md)",
         comparison,
+    ),
+    (
+        "tournament.json",
+        "A tournament of candidates and its winner",
+        "`python scripts/tournament_experiment.py --run runs/tournament ...`",
+        tournaments,
     ),
     (
         "importance.json",
