@@ -12,20 +12,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, ValidationError, model_validator
 
-from minipuzzle import deployments, units
 from minipuzzle.errors import UserError
-from minipuzzle.memory import Deployment, Precision
 from minipuzzle.metrics import UNIT_METRICS, LayerMetric, UnitMetric
+from minipuzzle.recipe_deployment import (
+    DeploymentConfig,
+    names_preset,
+    preset_of,
+    without_deployment,
+)
+from minipuzzle.recipe_fields import BudgetText, Section
 from minipuzzle.recipe_io import (
     Place,
     anchored,
@@ -35,62 +32,20 @@ from minipuzzle.recipe_io import (
     portable_model,
     read_yaml,
 )
+from minipuzzle.recipe_search import AxesConfig, AxisRange, MaxRemoved, SearchConfig
 
-
-def _checked_tokens(text: str) -> str:
-    return _valid(text, units.parse_tokens)
-
-
-def _checked_bytes(text: str) -> str:
-    return _valid(text, units.parse_bytes)
-
-
-def _checked_budget(text: str) -> str:
-    return _valid(text, units.parse_budget)
-
-
-def _checked_parameters(text: str) -> str:
-    return _valid(text, units.parse_parameters)
-
-
-def _checked_latency(text: str) -> str:
-    return _valid(text, units.parse_latency)
-
-
-def _checked_preset(text: str) -> str:
-    return _valid(text, deployments.find)
-
-
-def _valid(text: str, parse: Any) -> str:
-    """``text`` if ``parse`` takes it; ValueError (which pydantic collects) otherwise."""
-    try:
-        parse(text)
-    except UserError as error:
-        raise ValueError(str(error)) from None
-    return text
-
-
-def _text_of_number(value: Any) -> Any:
-    """YAML reads 2048 as a number and 2k as text; both are text here."""
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
-_Text = Annotated[str, BeforeValidator(_text_of_number)]
-Tokens = Annotated[_Text, AfterValidator(_checked_tokens)]
-Size = Annotated[_Text, AfterValidator(_checked_bytes)]
-BudgetText = Annotated[_Text, AfterValidator(_checked_budget)]
-ParametersText = Annotated[_Text, AfterValidator(_checked_parameters)]
-LatencyText = Annotated[str, AfterValidator(_checked_latency)]
-PresetName = Annotated[str, AfterValidator(_checked_preset)]
-Objective = Literal["kl", "memory", "latency"]
-
-
-class Section(BaseModel):
-    """A part of a recipe: frozen, strict about types, refuses unknown keys."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True
-    )
+__all__ = [
+    "AxesConfig",
+    "AxisRange",
+    "DataConfig",
+    "DeploymentConfig",
+    "DistillConfig",
+    "MaxRemoved",
+    "Recipe",
+    "SearchConfig",
+    "SourceConfig",
+    "demo_recipe",
+]
 
 
 class SourceConfig(Section):
@@ -138,72 +93,6 @@ class DataConfig(Section):
         }
 
 
-class DeploymentConfig(Section):
-    """Where the model is to run: what its memory is counted for."""
-
-    preset: PresetName | None = Field(
-        default=None,
-        description="a deployment by name, listed by `minipuzzle plan --preset list`; "
-        "the keys below change it",
-    )
-    context: Tokens = Field(default="2k", description="tokens of context (k = 2^10, M = 2^20)")
-    batch: int = Field(default=1, ge=1, description="sequences served at once")
-    weights: Precision = Field(default="bf16", description="precision of the weights")
-    embeddings: Precision | None = Field(
-        default=None, description="precision of embeddings and head; null: that of the weights"
-    )
-    kv: Precision = Field(default="bf16", description="precision of the KV cache")
-    state: Precision = Field(default="fp32", description="precision of the Mamba states")
-    conv: Precision = Field(default="bf16", description="precision of the convolution states")
-    reserve: Size = Field(default="0GiB", description="memory kept for other things")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_preset(cls, given: Any) -> Any:
-        """Keys that are not given come from the preset, if one is named."""
-        preset = _preset_of(given)
-        return given if preset is None else {**preset.settings(), **given}
-
-    def build(self) -> Deployment:
-        """The deployment that `minipuzzle.memory.memory` counts for."""
-        return Deployment(
-            context=self.context_tokens,
-            batch=self.batch,
-            weights=self.weights,
-            embeddings=self.embeddings_precision,
-            kv=self.kv,
-            state=self.state,
-            conv=self.conv,
-            reserve_bytes=self.reserve_bytes,
-        )
-
-    def options(self) -> dict[str, Any]:
-        """The exact options of `minipuzzle plan`, nothing left to a default."""
-        written = self.model_dump(mode="json", exclude={"preset"})
-        return {**written, "embeddings": self.embeddings_precision}
-
-    @property
-    def context_tokens(self) -> int:
-        """The context in tokens."""
-        return units.parse_tokens(self.context)
-
-    @property
-    def embeddings_precision(self) -> Precision:
-        """The precision of the embeddings, which follows the weights unless given."""
-        return self.embeddings or self.weights
-
-    @property
-    def reserve_bytes(self) -> int:
-        """The reserve in bytes."""
-        return units.parse_bytes(self.reserve)
-
-
-def _preset_of(deployment: Any) -> deployments.Preset | None:
-    """The preset that a mapping names, None without one or for a name that does not exist."""
-    name = deployment.get("preset") if isinstance(deployment, Mapping) else None
-    return deployments.PRESETS.get(name) if isinstance(name, str) else None
-
-
 class ScoreConfig(Section):
     """Importance of layers, channels and heads."""
 
@@ -232,140 +121,6 @@ class ScoreConfig(Section):
         default="auto",
         description="where models live in score and repair: on the device, or streamed from their "
         "checkpoints; auto: what fits",
-    )
-
-
-class MaxRemoved(Section):
-    """How many layers of each kind a candidate may lose."""
-
-    mamba: int = Field(default=2, ge=0, description="Mamba layers")
-    attention: int = Field(default=1, ge=0, description="attention layers")
-    ffn: int = Field(default=3, ge=0, description="FFN layers")
-
-
-class AxisRange(Section):
-    """How far an axis may be narrowed. Only sizes that can be served are tried."""
-
-    min: float = Field(
-        default=1.0, gt=0, le=1, description="least share of its units that stays; 1: never cut"
-    )
-    step: int = Field(default=1, ge=1, description="sizes are this many units apart")
-
-
-class AxesConfig(Section):
-    """What of a layer may go: ranges of the axes."""
-
-    width: AxisRange = Field(default=AxisRange(min=0.25, step=16), description="FFN channels")
-    heads: AxisRange = Field(default=AxisRange(step=8), description="Mamba heads")
-    head_dim: AxisRange = Field(default=AxisRange(step=8), description="channels of a Mamba head")
-    query_heads: AxisRange = Field(default=AxisRange(), description="query heads")
-    kv_heads: AxisRange = Field(default=AxisRange(), description="KV heads with their query heads")
-    hidden: AxisRange = Field(default=AxisRange(step=64), description="channels of the stream")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _keep_defaults(cls, given: Any) -> Any:
-        """An axis that is given in part keeps the rest of its own default."""
-        if not isinstance(given, Mapping):
-            return given
-        return {
-            name: {**cls.model_fields[name].default.model_dump(), **part}
-            if isinstance(part, Mapping) and name in cls.model_fields
-            else part
-            for name, part in given.items()
-        }
-
-
-class LimitsConfig(Section):
-    """Limits beside the memory budget."""
-
-    parameters: ParametersText | None = Field(
-        default=None, description='parameters: "4B", or a share of the teacher\'s; null: any number'
-    )
-    latency: LatencyText | None = Field(
-        default=None,
-        description='time of one decoding step at the deployment: "12ms", or a share of the '
-        "teacher's; null: any",
-    )
-
-
-class RungConfig(Section):
-    """One round of the tournament."""
-
-    steps: int = Field(default=8, ge=0, description="distillation steps up to the end of it")
-    keep: int = Field(default=1, ge=1, description="finalists that go on after it")
-
-
-class TournamentConfig(Section):
-    """Finalists are repaired, distilled for a little and compared by tasks."""
-
-    finalists: int = Field(default=3, ge=1, description="candidates that take part; 1: none is held")
-    blocks: int = Field(default=32, ge=1, description="calibration sequences of their repair")
-    rungs: tuple[RungConfig, ...] = Field(
-        default=(RungConfig(),), strict=False, min_length=1, description="rounds, shortest first"
-    )
-    tasks: tuple[str, ...] = Field(
-        default=(), strict=False, description="lm-eval tasks that rank the last; (): by KL"
-    )
-    limit: int | None = Field(default=100, ge=1, description="questions per task; null: all")
-
-
-class SearchConfig(Section):
-    """Architectures under the budget, and the best of them."""
-
-    trials: int = Field(default=40, ge=1, description="candidates evaluated in the teacher")
-    timeout: float | None = Field(
-        default=None, gt=0, description="seconds after which none is begun; null: no limit"
-    )
-    blocks: int = Field(default=8, ge=1, description="sequences of search text per candidate")
-    batch: int = Field(default=8, ge=1, description="candidates evaluated together")
-    screen: bool = Field(
-        default=True, description="give up candidates that few sequences show to be worse"
-    )
-    proxy: Literal["cut", "repaired"] = Field(
-        default="cut", description="judge candidates as they are cut, or with a quick repair"
-    )
-    objectives: tuple[Objective, ...] = Field(
-        default=("kl",),
-        strict=False,
-        min_length=1,
-        description="kl: the best under the budget; with memory or latency: the Pareto front",
-    )
-    sampler: Literal["auto", "gp", "tpe", "random"] = Field(
-        default="auto", description="how Optuna proposes: Gaussian process, TPE or at random"
-    )
-    seeded: bool = Field(
-        default=True, description="begin with the exact additive solutions and the greedy ones"
-    )
-    storage: str | None = Field(
-        default=None,
-        min_length=1,
-        description="Optuna storage URL that several workers share; null: SQLite in the run folder",
-    )
-    heartbeat: int = Field(
-        default=60, ge=1, description="seconds between signs of life of workers that share a storage"
-    )
-    layers: Literal["importance", "free"] = Field(
-        default="importance",
-        description="layers go in the order of their scores, kind by kind; free: any set of them",
-    )
-    layer_metric: LayerMetric | Literal["removal_order"] = Field(
-        default="hidden_mse", description="that order: a metric, or as iterative removal took them"
-    )
-    max_removed: MaxRemoved = Field(default=MaxRemoved(), description="layers that may go")
-    protect: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        default=(), strict=False, description="positions of layers that stay"
-    )
-    drop: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        default=(), strict=False, description="positions of layers that go in any case"
-    )
-    widths: Literal["uniform", "per_layer"] = Field(
-        default="uniform", description="one FFN width for all layers, or one for each"
-    )
-    axes: AxesConfig = Field(default=AxesConfig(), description="how narrow layers may become")
-    limits: LimitsConfig = Field(default=LimitsConfig(), description="beside the budget")
-    tournament: TournamentConfig = Field(
-        default=TournamentConfig(), description="finalists and what decides between them"
     )
 
 
@@ -468,7 +223,7 @@ class Recipe(Section):
     @classmethod
     def _fill_budget_from_preset(cls, given: Any) -> Any:
         """A budget that is not given is the preset's, if one is named."""
-        preset = _preset_of(given.get("deployment")) if isinstance(given, Mapping) else None
+        preset = preset_of(given.get("deployment")) if isinstance(given, Mapping) else None
         return given if preset is None else {"budget": preset.budget, **given}
 
     @classmethod
@@ -495,8 +250,8 @@ class Recipe(Section):
         Model folders and text files in it are relative to ``base`` (the current folder).
         """
         given = override_mapping(overrides)
-        if _names_preset(given):
-            mapping = _without_deployment(mapping)
+        if names_preset(given):
+            mapping = without_deployment(mapping)
         both = merged(anchored(mapping, base or Path()), anchored(given, Path()))
         try:
             return cls.model_validate(both)
@@ -512,22 +267,6 @@ class Recipe(Section):
     def dump(self) -> str:
         """The whole recipe as YAML, every default written out; `load` gives it back."""
         return yaml.safe_dump(self.to_mapping(), sort_keys=False, allow_unicode=True, width=100)
-
-
-def _names_preset(given: Mapping[str, Any]) -> bool:
-    deployment = given.get("deployment")
-    return isinstance(deployment, Mapping) and deployment.get("preset") is not None
-
-
-def _without_deployment(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe for which a preset is named by --set: its deployment gives way as a whole.
-
-    Keys written for another place would win over the new preset's otherwise. So does its budget,
-    if it is the one that came with the preset it names itself.
-    """
-    old = _preset_of(mapping.get("deployment"))
-    stale = {"deployment"} | ({"budget"} if old and mapping.get("budget") == old.budget else set())
-    return {key: value for key, value in mapping.items() if key not in stale}
 
 
 def demo_recipe() -> Path:
