@@ -128,7 +128,9 @@ def show(value: object) -> str:
         return "(required)"
     if value is None:
         return "`null`"
-    return f"`{list(value)}`" if isinstance(value, tuple) else f"`{value}`"
+    if isinstance(value, tuple):
+        return f"`{[x.model_dump() if isinstance(x, BaseModel) else x for x in value]}`"
+    return f"`{value}`"
 
 
 def table(rows: list[tuple[str, str, str]]) -> list[str]:

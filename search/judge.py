@@ -36,7 +36,8 @@ class Judge:
             text = recipe_blocks(recipe, "calibration", model.tokenizer, blocks)
             maker = QuickRepair(model, text, ridge=recipe.repair.ridge)
         self.evaluate = ProxyEvaluator(model, ids, maker=maker)
-        self.screen = Screen(self.evaluate, settings.blocks) if settings.screen else None
+        alone = settings.objectives == ("kl",)  # what is bad by KL may still be on a front
+        self.screen = Screen(self.evaluate, settings.blocks) if settings.screen and alone else None
 
     def __call__(self, points: Sequence[Point]) -> list[Judged]:
         """The proxies of points, in their order."""
