@@ -135,9 +135,11 @@ class Proposer(BaseSampler):  # type: ignore[misc]  # optuna is not type-checked
     def _propose(self, study: optuna.Study, trial: FrozenTrial, tried: Tried) -> Point:
         seed = self._seed * 100_003 + trial.number
         rng = random.Random(seed)
-        inner = _inner(self._kind, seed)
+        inner, copy = _inner(self._kind, seed), _copy(study, self._grid)
+        number = copy.ask().number
+        copied = copy.get_trials(deepcopy=False)[number]
         for _ in range(DRAWS[self._kind]):
-            values = inner.sample_relative(study, trial, self._grid)
+            values = inner.sample_relative(copy, copied, self._grid)
             drawn = self._snapped(values) if values else self._random(rng)
             fits = self._space.fitting(drawn)
             if fits is not None and fits.key not in tried.keys:
@@ -188,6 +190,16 @@ class Proposer(BaseSampler):  # type: ignore[misc]  # optuna is not type-checked
             if fits is not None and fits.key not in tried.keys:
                 return fits
         return None
+
+
+def _copy(study: optuna.Study, grid: Mapping[str, BaseDistribution]) -> optuna.Study:
+    """The study in memory: samplers write down and read again all that they draw."""
+    copy = optuna.create_study(directions=study.directions)
+    states = TrialState.COMPLETE, TrialState.RUNNING
+    for trial in study.get_trials(deepcopy=False, states=states):
+        if trial.params.keys() >= grid.keys():
+            copy.add_trial(trial)
+    return copy
 
 
 def _fitting(space: SearchSpace, seeds: Sequence[Point]) -> Iterator[Point]:

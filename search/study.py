@@ -68,7 +68,7 @@ def search(
     made_for = _made_for(space, settings, identity or {})
     own = settings.storage is None
     with storage_errors(storage):
-        database = open_storage(storage)
+        database = open_storage(storage, sync=not own)
         study = _open(database, settings, made_for)
         claims = Claims(database.engine, f"{NAME} {_digest(made_for)}")
         if own:

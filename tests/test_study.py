@@ -297,7 +297,7 @@ def test_a_database_that_may_not_be_written(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a database"):
         open_storage(sqlite_url(text))
     if not _can_write(tmp_path / "s.db"):  # root can
-        with pytest.raises(UserError, match="cannot be written"):
+        with pytest.raises(UserError, match="may not be written"):
             open_storage(sqlite_url(tmp_path / "s.db"))
 
 
