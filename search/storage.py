@@ -224,6 +224,7 @@ class Watch:
     ) -> None:
         self._stop.set()
         self._thread.join()
+        self._storage.engine.dispose()
 
     def begin(self, number: int) -> None:
         """Send signs of life of a trial from now on, the first at once."""

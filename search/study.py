@@ -78,7 +78,9 @@ def search(
         worker = Worker(space, judge, settings, wanted, study, claims, watch, remind)
         study.sampler = Proposer(space, settings.sampler, seed, seeds, worker.tried)
         worker.run()
-        return worker.finished()
+        found = worker.finished()
+        database.engine.dispose()
+        return found
 
 
 def _wanted(space: SearchSpace, trials: int) -> int:
