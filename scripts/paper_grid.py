@@ -10,10 +10,11 @@ tables of docs/the-paper-case.md.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from figures import record
+from paper_memory import Shape, paper_memory
 
 from minipuzzle.architecture import FFNLayer, Layer
 from minipuzzle.recipe import Recipe
@@ -26,7 +27,7 @@ RECIPES = ROOT / "recipes"
 PAGE = ROOT / "docs" / "the-paper-case.md"
 GIB = 2**30
 
-# Published with Nemotron-H-47B-Base: hybrid_override_pattern of its config.json.
+# Shape with Nemotron-H-47B-Base: hybrid_override_pattern of its config.json.
 RELEASED = (
     "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M-M*-M-"
     "M-M-M-M-"
@@ -50,22 +51,11 @@ TEXT = frozenset((7, 29, 73, 84, 95)) | {
 }
 
 
-@dataclass(frozen=True)
-class Published:
-    """An architecture of the paper: layers that stay, FFN width, and where it is named."""
-
-    name: str
-    mamba: int
-    ffn: int
-    attention: int
-    width: int
-
-
-PUBLISHED = (
-    Published("released 47B", 45, 48, 5, 30720),
-    Published("section 3.5 = candidate 2", 44, 49, 5, 30720),
-    Published("candidates 1 and 3, figure 11", 46, 48, 4, 32768),
-)
+PUBLISHED = {
+    "released 47B": Shape(45, 48, 5, 30720),
+    "section 3.5 = candidate 2": Shape(44, 49, 5, 30720),
+    "candidates 1 and 3, figure 11": Shape(46, 48, 4, 32768),
+}
 VARIATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("the recipe", ()),
     (
@@ -76,6 +66,10 @@ VARIATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("one Mamba layer more", ("search.max_removed.mamba=12",)),
     ("one FFN layer more", ("search.max_removed.ffn=7",)),
     ("limit of 32,500 MiB", ("budget=31.73828125GiB",)),
+    (
+        "that limit, states in fp32, 1.33 GiB reserved",
+        ("budget=31.73828125GiB", "deployment.state=fp32", "deployment.reserve=1.33GiB"),
+    ),
     (
         "10^6 tokens, 1.88 GiB reserved",
         ("deployment.context=1000000", "deployment.reserve=1.88GiB"),
@@ -95,8 +89,9 @@ def main() -> None:
             "grid_feasible_without_reserve": (grid.without_reserve, "candidates"),
         },
     )
-    text = "\n".join([*counts(found), "", *whereabouts(grid)])
-    PAGE.write_text(insert(PAGE.read_text(encoding="utf-8"), text), encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
+    page = insert(page, "\n".join([*counts(found), "", *whereabouts(grid)]), "grid")
+    PAGE.write_text(insert(page, paper_memory(grid), "memory"), encoding="utf-8")
 
 
 def paper_listing(overrides: Sequence[str] = ()) -> Listing:
@@ -108,7 +103,7 @@ def paper_listing(overrides: Sequence[str] = ()) -> Listing:
     return list_space(recipe, architecture, family, scores)
 
 
-def point_of(listing: Listing, wanted: Published) -> Point | None:
+def point_of(listing: Listing, wanted: Shape) -> Point | None:
     """The feasible candidate with these counts and width."""
     there = listing.space.architecture.counts()
     for point in listing.points or ():
@@ -135,16 +130,19 @@ def counts(found: dict[str, Listing]) -> Iterator[str]:
 
 def whereabouts(grid: Listing) -> Iterator[str]:
     """Memory of the published architectures, and whether the grid has them layer for layer."""
-    yield "| published | layers: Mamba, FFN, attention | FFN width | GiB | in the grid |"
-    yield "|---|---|---|---|---|"
-    for one in PUBLISHED:
+    yield "| published | Mamba, FFN, attention | FFN width | GiB | by figure 10 | in the grid |"
+    yield "|---|---|---|---|---|---|"
+    for name, one in PUBLISHED.items():
         point = point_of(grid, one)
         kinds = f"{one.mamba}, {one.ffn}, {one.attention}"
         need = memory_bytes(grid, one) / GIB
-        yield f"| {one.name} | {kinds} | {one.width} | {need:.2f} | {verdict(grid, point)} |"
+        yield (
+            f"| {name} | {kinds} | {one.width} | {need:.2f} | {one.mib / 1024:.2f} "
+            f"| {verdict(grid, point)} |"
+        )
 
 
-def memory_bytes(grid: Listing, one: Published) -> int:
+def memory_bytes(grid: Listing, one: Shape) -> int:
     """What it needs at the recipe's deployment, in the grid or not."""
     whole = grid.space.architecture
     left = {"mamba": one.mamba, "ffn": one.ffn, "attention": one.attention}
@@ -166,12 +164,12 @@ def verdict(grid: Listing, point: Point | None) -> str:
     return "yes, layer for layer" if set(grid.gone(point)) == TEXT else "yes, with other layers"
 
 
-def insert(page: str, text: str) -> str:
-    """The page with the text between its markers."""
-    begin, end = "<!-- grid: scripts/paper_grid.py -->", "<!-- end of grid -->"
+def insert(page: str, text: str, name: str) -> str:
+    """The page with the text between the markers of that name."""
+    begin, end = f"<!-- {name}: scripts/paper_grid.py -->", f"<!-- end of {name} -->"
     before, _, rest = page.partition(begin)
     _, _, after = rest.partition(end)
-    assert rest and after, f"{PAGE} has lost its markers"
+    assert rest and after, f"{PAGE} has lost the markers of {name}"
     return f"{before}{begin}\n{text}\n{end}{after}"
 
 

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+from paper_memory import TOLERANCE, Shape, lattice, misses, points
 
 from minipuzzle import estimate, families
 from minipuzzle.cli import main
@@ -125,6 +130,34 @@ def test_the_order_of_layers_changes_no_count(grid: Listing) -> None:
     assert plain.points == grid.points
 
 
+def test_figure_10_is_sums_over_layers() -> None:
+    """All 120 points; not with a Mamba layer that costs a hundredth more."""
+    shapes = lattice()
+    assert len(points()) == 120 and max(misses(shapes)) <= TOLERANCE
+    strange = [shape.mib + 2.65 * shape.mamba for shape in shapes]
+    near = [min(abs(value - point) for value in strange) <= TOLERANCE for point in points()]
+    assert sum(near) < 60
+    circled = {Shape(44, 49, 5, 30720).mib: 32281.23, Shape(46, 48, 4, 32768).mib: 32314.04}
+    assert all(abs(ours - theirs) < TOLERANCE for ours, theirs in circled.items())
+
+
+def test_limits_beside_the_budget() -> None:
+    """Parameters are counted; latency, which needs a measurement, is left out."""
+    path = ROOT / "recipes" / "llama-8b.yaml"
+    whole = listed(path)
+
+    def under(limit: str) -> Listing:
+        recipe = Recipe.load(path, [override(path), f"search.limits.{limit}"])
+        return list_space(recipe, whole.space.architecture, whole.space.family)
+
+    assert whole.points is not None
+    small = [p for p in whole.points if whole.space.costs(p).parameters <= 5.2e9]
+    assert 0 < len(small) < len(whole.points)
+    assert under("parameters=5.2B").points == small
+    assert "limit of 5.20 B parameters" in render(under("parameters=5.2B"))
+    assert under("latency=90%").points == whole.points
+
+
 def test_a_list_on_the_command_line(
     tmp_path: Path,
     grid: Listing,
@@ -160,6 +193,11 @@ def tiny_listing(tmp_path: Path, **search: Any) -> Listing:
 def test_free_layers_name_themselves_and_share_a_row(tmp_path: Path) -> None:
     text = render(tiny_listing(tmp_path, layers="free", max_removed={"mamba": 2, "ffn": 2}))
     assert "layer.*" in text and "gone: " in text and "layer.3" not in text
+
+
+def test_single_widths_stand_below_their_candidate(tmp_path: Path) -> None:
+    text = render(tiny_listing(tmp_path, widths="per_layer"), 3)
+    assert "width.*" in text and "width.1 " in text and "3 largest" in text
 
 
 def test_a_large_space_is_named_and_not_counted(
