@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 from paper_memory import TOLERANCE, Shape, lattice, misses, points
 
-from minipuzzle import estimate, families
+from minipuzzle import estimate, families, pipeline
 from minipuzzle.cli import main
 from minipuzzle.errors import UserError
 from minipuzzle.recipe import Recipe
@@ -174,6 +174,23 @@ def test_a_list_on_the_command_line(
     assert everything.count("gone:") == 405
     assert "gone: 7 29 73 79 81 83 84 85 86 87 88 89 90 91 93 95 96 97 99 101\n" in everything
     assert list(tmp_path.iterdir()) == []
+
+
+def test_shortcuts_are_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen: list[Recipe] = []
+    monkeypatch.setattr(pipeline, "run_stage", lambda name, recipe, folder: seen.append(recipe))
+    assert main(["search", "demo", "--trials", "7", "--timeout", "90", "--set", "seed=1"]) == 0
+    assert (seen[0].search.trials, seen[0].search.timeout, seen[0].seed) == (7, 90.0, 1)
+    assert main(["search", "demo", "--trials", "0"]) == 2
+
+
+def test_a_worker_needs_a_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["search", "demo", "--worker"]) == 2
+    assert "search.storage" in capsys.readouterr().err
 
 
 def test_options_of_the_list_alone_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
