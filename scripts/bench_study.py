@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from bench_trie import Figures, Setting, demo_setting, demo_space, seconds
+from bench_trie import Figures, Setting, demo_setting, demo_space, seconds, settle
 from figures import RESULTS, record
 
 from minipuzzle.recipe import SearchConfig
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--dry", action="store_true", help="print the figures, record none")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    settle(options.threads)
     setting = demo_setting(options.blocks)
     settings = SearchConfig(trials=options.trials, blocks=options.blocks)
     figures = measure(Bench(setting, demo_space(setting), settings), options.seeds)

@@ -13,6 +13,7 @@ which one by one pays more. The weighted bound counts heads and layers with time
 from __future__ import annotations
 
 import argparse
+import ctypes
 import random
 import statistics
 import time
@@ -64,6 +65,20 @@ class Setting:
         points = list(space.points())
         chosen = random.Random(0).sample(points, min(number, len(points)))
         return self.selections(space, chosen)
+
+
+def settle(threads: int) -> None:
+    """So many threads, and freed memory stays with the process (glibc's mallopt, see malloc.h).
+
+    Else large blocks go back to the system and are faulted in again at the next call, which makes a
+    Mamba layer take up to half as long again, or not, depending on what ran before.
+    """
+    torch.set_num_threads(threads)
+    trim, mapped, largest = -1, -3, 2**25  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and its maximum
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(trim, 2**30)
+        libc.mallopt(mapped, largest)
 
 
 def demo_setting(blocks: int) -> Setting:
@@ -189,7 +204,7 @@ def weighted_bound(setting: Setting, selections: Sequence[Selection]) -> float:
 
 def of_demo(options: argparse.Namespace) -> Figures:
     """The demo's candidates: time, bounds, and node ratios of other sets of candidates."""
-    torch.set_num_threads(options.threads)
+    settle(options.threads)
     setting = demo_setting(options.blocks)
     space, fine = demo_space(setting, COARSE), demo_space(setting)
     selections = setting.some(space)
