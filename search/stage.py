@@ -7,12 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from minipuzzle.architecture import SCHEMA_VERSION
 from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.errors import UserError
 from minipuzzle.files import atomic_write_json
 from minipuzzle.model import Model, load, read_architecture
 from minipuzzle.recipe import Recipe
+from minipuzzle.residency import computing_dtype
 from minipuzzle.runfolder import RunFolder
 from minipuzzle.scores import Scores
 from minipuzzle.source import resolve
@@ -68,7 +71,9 @@ def work_along(recipe: Recipe, folder: RunFolder) -> None:
 
 
 def _open(recipe: Recipe, teacher: Path, scored: Path, work: Path) -> tuple[Model, Space, Scores]:
-    model, scores = load(teacher), Scores.load(scored)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load(teacher, dtype=computing_dtype(teacher, device), device=str(device))
+    scores = Scores.load(scored)
     scores.check(model.architecture, Checkpoint.open(teacher).fingerprint())
     latency = recipe_latency(recipe, model, work) if wants_latency(recipe) else None
     space = recipe_space(recipe, model.architecture, model.family, scores, latency)
