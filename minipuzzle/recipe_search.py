@@ -71,7 +71,7 @@ class RungConfig(Section):
     """One round of the tournament."""
 
     steps: int = Field(default=8, ge=0, description="distillation steps up to the end of it")
-    keep: int = Field(default=1, ge=1, description="finalists that go on after it")
+    keep: int = Field(default=1, ge=1, description="finalists that go on to the next one")
 
 
 class TournamentConfig(Section):
@@ -103,7 +103,7 @@ class SearchConfig(Section):
         default=True, description="give up candidates that few sequences show to be worse"
     )
     proxy: Literal["cut", "repaired"] = Field(
-        default="cut", description="judge candidates as they are cut, or with a quick repair"
+        default="repaired", description="judge candidates with a quick repair, or as they are cut"
     )
     objectives: tuple[Objective, ...] = Field(
         default=("kl",),

@@ -3,6 +3,8 @@
     python scripts/enumerate_space.py runs/enumerated
 
 Scores, space and search text are those of the demo recipe (choices are made on that text alone).
+Each is judged as it is cut and with the quick repair (`kl_repaired`), whose text is the calibration
+text of the packages installed here.
 Stopped, it goes on. The table goes to docs/results/enumerated_space.json; scripts/bench_search.py
 searches in it.
 """

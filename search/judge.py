@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from minipuzzle.data.blocks import recipe_blocks
@@ -18,7 +19,7 @@ from .proxies import ProxyEvaluator
 from .quickrepair import QuickRepair
 from .screen import Screen
 from .space import Point, Space
-from .study import Judged
+from .trials import Judged, Trial
 
 PRICE_BLOCKS = 2  # sequences that additive prices are measured on: they only say where to begin
 
@@ -45,6 +46,21 @@ class Judge:
         if self.screen is not None:
             return [Judged(proxies, screened) for proxies, screened in self.screen(selections)]
         return [Judged(proxies, screened=False) for proxies in self.evaluate(selections)]
+
+    def completed(self, trials: Sequence[Trial], number: int) -> list[Trial]:
+        """The trials; the best `number` of them all judged on all sequences.
+
+        A study that looks for the best one gives up many early that are good enough to be compared
+        with it after healing.
+        """
+        ranked = sorted(trials, key=lambda trial: (trial.proxies.kl, trial.number))[:number]
+        early = [trial for trial in ranked if trial.screened]
+        selections = [self.space.selection(trial.point, self.scores) for trial in early]
+        whole = dict(zip(early, self.evaluate(selections), strict=True))
+        return [
+            replace(trial, proxies=whole[trial], screened=False) if trial in whole else trial
+            for trial in trials
+        ]
 
     def remind(self, best: Point) -> None:
         """Compare with the best point so far; a resumed study has not seen it here."""

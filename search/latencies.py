@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from minipuzzle import progress
-from minipuzzle.checkpoint import Checkpoint
-from minipuzzle.latency import LatencyTable
-from minipuzzle.model import Model, stored_dtype
+from minipuzzle.latency import LatencyTable, fingerprint
+from minipuzzle.model import Model
 from minipuzzle.recipe import Recipe
+from minipuzzle.residency import computing_dtype
 
 from .ranges import axis_sizes
 
@@ -28,19 +28,14 @@ def recipe_latency(recipe: Recipe, model: Model, work: Path) -> LatencyTable:
         UserError: when the probes do not fit the device.
     """
     sizes = axis_sizes(model.architecture, recipe.search)
-    path = work / FILE
-    if path.exists():
-        return LatencyTable.load(path)
+    deployment, path = recipe.deployment.build(), work / FILE
+    where = (model.device, computing_dtype(model.folder, model.device))
+    now = fingerprint(model.architecture, model.family, deployment, sizes, *where)
+    if path.exists() and (table := LatencyTable.load(path)).fingerprint == now:
+        return table
     progress.say(f"latency: measuring layers on {model.device}")
     table = LatencyTable.measure(
-        model.architecture,
-        model.family,
-        model.config,
-        recipe.deployment.build(),
-        sizes,
-        model.device,
-        stored_dtype(Checkpoint.open(model.folder)),
-        limit=SECONDS,
+        model.architecture, model.family, model.config, deployment, sizes, *where, limit=SECONDS
     )
     table.save(path)
     return table

@@ -24,7 +24,7 @@ from .space import Parameter, Point
 
 DRAWS = {"tpe": 16, "random": 16, "gp": 2}  # before a neighbour of a good point is taken
 RANDOM_DRAWS = 256  # when good points have no new neighbour, in a space too large to go through
-LISTED = 100_000  # combinations of a space that is gone through
+LISTED = 20_000  # combinations of a space that is gone through
 AUTO = "tpe"  # what `auto` means
 STARTUP = 10  # random points before a model is fitted
 

@@ -20,6 +20,7 @@ from minipuzzle.runfolder import RunFolder
 from minipuzzle.scores import Scores
 from minipuzzle.source import resolve
 
+from .finalists import POOL
 from .front import front
 from .judge import Judge, study_seeds
 from .latencies import recipe_latency, wants_latency
@@ -27,7 +28,7 @@ from .ranges import recipe_space
 from .space import Space
 from .storage import sqlite_url
 from .study import Trial, search
-from .tournament import hold_tournament
+from .tournament import check_tournament, hold_tournament
 
 WORKER = "worker"  # folder of a process that only helps with a study
 UNIMPORTANT = {"storage", "heartbeat", "timeout"}  # settings that change no result
@@ -35,6 +36,7 @@ UNIMPORTANT = {"storage", "heartbeat", "timeout"}  # settings that change no res
 
 def run(recipe: Recipe, folder: RunFolder) -> None:
     """See `minipuzzle.search.run`."""
+    check_tournament(recipe)
     teacher = resolve(recipe.model, recipe.revision)
     scored = folder.artefact("scores")
     if not wants_latency(recipe):  # impossible budgets are refused before any work
@@ -67,7 +69,8 @@ def work_along(recipe: Recipe, folder: RunFolder) -> None:
     scored = folder.artefact("scores")
     work = folder.path / WORKER
     work.mkdir(parents=True, exist_ok=True)
-    find_trials(recipe, *_open(recipe, teacher, scored, work), work)
+    model, space, scores = _open(recipe, teacher, scored, work)
+    _study(recipe, space, scores, Judge(recipe, model, space, scores), work)
 
 
 def _open(recipe: Recipe, teacher: Path, scored: Path, work: Path) -> tuple[Model, Space, Scores]:
@@ -83,14 +86,23 @@ def _open(recipe: Recipe, teacher: Path, scored: Path, work: Path) -> tuple[Mode
 def find_trials(
     recipe: Recipe, model: Model, space: Space, scores: Scores, work: Path
 ) -> list[Trial]:
-    """Run the study, from where an interrupted one stopped; `work` is this process' folder."""
-    judge, settings = Judge(recipe, model, space, scores), recipe.search
+    """Run the study, from where an interrupted one stopped; `work` is this process' folder.
+
+    Those that may become finalists are judged on all sequences.
+    """
+    judge = Judge(recipe, model, space, scores)
+    trials = _study(recipe, space, scores, judge, work)
+    return judge.completed(trials, POOL * recipe.search.tournament.finalists)
+
+
+def _study(recipe: Recipe, space: Space, scores: Scores, judge: Judge, work: Path) -> list[Trial]:
+    settings = recipe.search
     return search(
         space,
         judge,
         settings=settings,
         seed=recipe.seed,
-        storage=recipe.search.storage or sqlite_url(work / "study.db"),
+        storage=settings.storage or sqlite_url(work / "study.db"),
         seeds=study_seeds(space, scores, judge, work / "seeds.json") if settings.seeded else (),
         identity={
             "model": scores.provenance.get("teacher"),

@@ -69,7 +69,7 @@ def open_storage(url: str, heartbeat: int | None = None, *, sync: bool = True) -
         options["heartbeat_interval"] = heartbeat
         options["grace_period"] = grace_seconds(heartbeat)
         options["heartbeat_stale_trial_callback"] = retry
-    with storage_errors(url):
+    with storage_errors(url), _opening_errors(url):
         storage = make_tables(lambda: _open(parsed, options))
     if parsed.get_backend_name() == "sqlite" and not sync:
         event.listen(storage.engine, "connect", _do_not_wait)
@@ -137,26 +137,32 @@ def _engine_options(url: URL) -> dict[str, Any]:
 
 
 @contextmanager
-def storage_errors(url: str) -> Iterator[None]:
-    """Turn what libraries raise when a database cannot be used into a UserError."""
-    name = _shown(url)
+def _opening_errors(url: str) -> Iterator[None]:
+    """Turn a missing driver into a UserError."""
     try:
         yield
     except NoSuchModuleError:
         raise UserError(
-            f"the storage {name} is of a kind that is not known here; "
+            f"the storage {_shown(url)} is of a kind that is not known here; "
             "use sqlite:/// or postgresql://"
         ) from None
     except ImportError:
         raise UserError(
-            f"the storage {name} needs a driver that is not installed; "
+            f"the storage {_shown(url)} needs a driver that is not installed; "
             "for PostgreSQL: pip install 'minipuzzle[postgres]'"
         ) from None
+
+
+@contextmanager
+def storage_errors(url: str) -> Iterator[None]:
+    """Turn what a database raises that cannot be used, or no longer, into a UserError."""
+    try:
+        yield
     except (SQLAlchemyError, StorageInternalError) as error:
         if is_disk_full(error):
             raise
         raise UserError(
-            f"the storage {name} cannot be used: {_reason(error, url)}; "
+            f"the storage {_shown(url)} cannot be used: {_reason(error, url)}; "
             "see that it runs, and that search.storage names its user, password and database"
         ) from None
 

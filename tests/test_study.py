@@ -87,12 +87,11 @@ def test_the_default_sampler_finds_one_of_the_best(tmp_path: Path) -> None:
     best = {point.key for point in ranked[: len(ranked) // 100]}
     assert len(ranked) > 500 and len(best) > 4
     hits = 0
-    for seed in range(4):
+    for seed in range(2):
         config = SearchConfig(trials=len(ranked) // 10, batch=8)
         url = sqlite_url(tmp_path / f"{seed}.db")
         trials = search(SPACE, judge, settings=config, seed=seed, storage=url, seeds=())
-        hits += any(trial.point.key in best for trial in trials)
-    assert hits >= 3
+        assert any(trial.point.key in best for trial in trials)
 
 
 def test_the_time_limit_ends_it_after_a_batch(tmp_path: Path) -> None:
@@ -281,6 +280,26 @@ def test_storages_that_cannot_be_used(url: str, words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:
         open_storage(url)
     assert "\n" not in str(caught.value) and "geheim" not in str(caught.value)
+
+
+def test_a_storage_that_goes_away_is_an_error_in_one_line(tmp_path: Path) -> None:
+    def pulls_the_table_away(points: Sequence[Point]) -> list[Judged]:
+        with sqlite3.connect(tmp_path / "s.db") as connection:
+            connection.execute("drop table minipuzzle_claims")
+        connection.close()
+        return judge(points)
+
+    with pytest.raises(UserError, match="no such table") as caught:
+        run(tmp_path / "s.db", pulls_the_table_away)
+    assert "\n" not in str(caught.value)
+
+
+def test_errors_of_the_judge_are_left_alone(tmp_path: Path) -> None:
+    def broken(points: Sequence[Point]) -> list[Judged]:
+        raise ImportError("something else")
+
+    with pytest.raises(ImportError, match="something else"):
+        run(tmp_path / "s.db", broken)
 
 
 def test_a_missing_driver_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
