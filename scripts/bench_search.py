@@ -1,6 +1,6 @@
 """How soon a study finds the best of a space whose every architecture has been evaluated.
 
-    python scripts/bench_search.py
+    python scripts/bench_search.py [--proxy cut]
 
 Judges from the table of docs/results/enumerated_space.json (scripts/enumerate_space.py). Without
 seeded points each sampler searches with 10 seeds, by 10 % of the architectures; then the same with
@@ -36,13 +36,14 @@ from minipuzzle.source import resolve
 SEEDS = 10
 SHARE = 0.1  # of the architectures are evaluated
 BEST = 0.01  # of them, by rank, count as found
-SAMPLERS = ("gp", "tpe", "random")
+SAMPLERS = ("auto", "gp", "tpe", "random")
 
 
 class TableSpace:
     """The enumerated space with what every point of it is worth."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, proxy: str) -> None:
+        suffix = {"cut": "", "repaired": "_repaired"}[proxy]
         record_: Mapping[str, Any] = json.loads(path.read_text())
         self.recipe = Recipe.load(demo_recipe())
         _, family, architecture = read_architecture(resolve(self.recipe.model, None))
@@ -53,13 +54,16 @@ class TableSpace:
         self.space: Space = replace(space, layers=Layers(orders=orders))
         names = [parameter.name for parameter in space.parameters]
         self.table = {
-            space.canonical({name: entry[name] for name in names}): entry
+            space.canonical({name: entry[name] for name in names}): {
+                name: entry[name + suffix] for name in ("kl", "accuracy", "agreement")
+            }
             for entry in record_["candidates"]
         }
         assert set(self.table) == set(self.space.points()), "the space is not the table's"
         ranked = sorted(self.table, key=lambda point: float(self.table[point]["kl"]))
         self.ranks = {point: i for i, point in enumerate(ranked)}
-        removal, sizes = record_["prices"]["removal"], record_["prices"]["sizes"]
+        prices = record_["prices" + suffix]
+        removal, sizes = prices["removal"], prices["sizes"]
         self.prices = Prices(
             {tuple(unit): price for unit, price in removal},
             {name: {size: price for size, price in values} for name, values in sizes.items()},
@@ -144,21 +148,25 @@ def main() -> None:
     """Search in the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--samplers", nargs="+", default=SAMPLERS)
+    parser.add_argument("--proxy", choices=["cut", "repaired"], default="repaired")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--record", action="store_true", help="write the figures to docs/results")
     options = parser.parse_args()
-    table = TableSpace(RESULTS / "enumerated_space.json")
+    table = TableSpace(RESULTS / "enumerated_space.json", options.proxy)
     result = {"additive": additive(table)}
     print(json.dumps(result["additive"], indent=1))
     rows = compare(table, options.samplers, options.seeds)
     if not options.record:
         return
-    default = next(r for r in rows if r["sampler"] == SAMPLERS[0] and not r["seeded"])
-    atomic_write_json(RESULTS / "bench_search.json", {**result, "studies": rows})
+    default = next(r for r in rows if r["sampler"] == "auto" and not r["seeded"])
+    path = RESULTS / "bench_search.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    atomic_write_json(path, {**known, options.proxy: {**result, "studies": rows}})
+    end = "" if options.proxy == table.recipe.search.proxy else f"_{options.proxy}"
     figures: dict[str, tuple[float, str]] = {
-        "seeds_of_10_in_best_percent": (default["found"], "of 10"),
-        "evaluations_share": (round(default["evaluations"] / len(table.table), 4), ""),
-        "additive_rank_of_best": (result["additive"]["rank_of_best"], "from 0"),
+        f"seeds_of_10_in_best_percent{end}": (default["found"], "of 10"),
+        f"evaluations_share{end}": (round(default["evaluations"] / len(table.table), 4), ""),
+        f"additive_rank_of_best{end}": (result["additive"]["rank_of_best"], "from 0"),
     }
     print(f"written to {record('search', figures)}")
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -29,11 +30,13 @@ from minipuzzle.runfolder import RunFolder
 from minipuzzle.scores import Scores
 from minipuzzle.search.additive import measure_prices
 from minipuzzle.search.proxies import ProxyEvaluator
+from minipuzzle.search.quickrepair import QuickRepair
 from minipuzzle.search.ranges import recipe_space
 from minipuzzle.search.space import Space
 from minipuzzle.source import resolve
 
 CHUNK = 48  # candidates evaluated together
+LAST = "agreement_repaired"  # what a whole entry of the table ends with
 PRICE_BLOCKS = slice(0, 2)  # of the additive prices, as in the product
 
 
@@ -52,42 +55,49 @@ class Enumeration:
         self.teacher = teacher
         self.evaluated = 0
 
-    def evaluator(self) -> ProxyEvaluator:
-        """The judge of candidates on the demo's search text."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model: Model = load(self.teacher, device=device)
-        ids = recipe_blocks(self.recipe, "search", model.tokenizer, self.recipe.search.blocks)
-        return ProxyEvaluator(model, ids)
+    @cached_property
+    def model(self) -> Model:
+        """The demo teacher."""
+        return load(self.teacher, device="cuda" if torch.cuda.is_available() else "cpu")
+
+    @cached_property
+    def judges(self) -> dict[str, ProxyEvaluator]:
+        """Suffix of the figures -> a judge on the demo's search text."""
+        search, tokenizer = self.recipe.search, self.model.tokenizer
+        ids = recipe_blocks(self.recipe, "search", tokenizer, search.blocks)
+        text = recipe_blocks(self.recipe, "calibration", tokenizer, search.tournament.blocks)
+        repair = QuickRepair(self.model, text, ridge=self.recipe.repair.ridge)
+        return {
+            "": ProxyEvaluator(self.model, ids),
+            "_repaired": ProxyEvaluator(self.model, ids, maker=repair),
+        }
 
     def fill(self) -> dict[str, dict[str, float]]:
         """Point.key -> kl, accuracy, agreement of all points; kept in `table.json` as it grows."""
         table = json.loads(self.path.read_text()) if self.path.exists() else {}
         points = sorted(self.space.points(), key=lambda point: point["width"])
-        left = [point for point in points if point.key not in table]
-        evaluate = self.evaluator()
+        left = [point for point in points if LAST not in table.get(point.key, {})]
         with progress.bar("enumerate", len(points), "architectures") as bar:
             bar.advance(len(points) - len(left))
             for start in range(0, len(left), CHUNK):
                 some = left[start : start + CHUNK]
-                found = evaluate([self.space.selection(point, self.scores) for point in some])
-                for point, proxies in zip(some, found, strict=True):
-                    table[point.key] = {
-                        "kl": proxies.kl,
-                        "accuracy": proxies.accuracy,
-                        "agreement": proxies.agreement,
-                    }
+                cuts = [self.space.selection(point, self.scores) for point in some]
+                for suffix, judge in self.judges.items():
+                    for point, found in zip(some, judge(cuts), strict=True):
+                        entry = table.setdefault(point.key, {})
+                        for name in ("kl", "accuracy", "agreement"):
+                            entry[name + suffix] = getattr(found, name)
                 atomic_write_json(self.path, table)
                 self.evaluated += len(some)
                 bar.advance(len(some))
         return table
 
-    def prices(self) -> dict[str, object]:
+    def prices(self, judge: ProxyEvaluator) -> dict[str, object]:
         """The additive prices, from as many sequences as the stage takes."""
-        evaluate = self.evaluator()
         prices = measure_prices(
             self.space,
             self.scores,
-            lambda cuts: [p.kl for p in evaluate(cuts, blocks=PRICE_BLOCKS)],
+            lambda cuts: [p.kl for p in judge(cuts, blocks=PRICE_BLOCKS)],
         )
         return {
             "removal": [[list(unit), price] for unit, price in prices.removal.items()],
@@ -114,7 +124,7 @@ def main() -> None:
         "budget_bytes": space.limits.memory_bytes,
         "blocks": enumeration.recipe.search.blocks,
         "orders": {name: [list(unit) for unit in o] for name, o in space.layers.orders.items()},
-        "prices": enumeration.prices(),
+        **{f"prices{name}": enumeration.prices(j) for name, j in enumeration.judges.items()},
         "candidates": [
             {**point.to_json(), "memory_bytes": space.costs(point).memory_bytes, **table[point.key]}
             for point in space.points()
