@@ -24,8 +24,9 @@ from minipuzzle.recipe import SearchConfig
 from .claims import Claims
 from .propose import LISTED, Proposer, SearchSpace
 from .space import Point
-from .storage import Watch, open_storage, quiet, storage_errors
+from .storage import open_storage, quiet, storage_errors
 from .trials import Judge, Judged, Trial
+from .watch import Watch
 from .worker import BATCH, Worker
 
 __all__ = ["Judge", "Judged", "Trial", "search"]

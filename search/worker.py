@@ -21,8 +21,8 @@ from .front import values
 from .propose import SearchSpace, Tried, distributions
 from .proxies import Proxies
 from .space import Point
-from .storage import Watch
 from .trials import Judge, Judged, Trial
+from .watch import Watch
 
 BATCH, RESULT = "batch", "result"  # user attributes of a trial: first one of its batch; its record
 FREE_PROPOSALS = 8  # per trial of a batch: points that other workers are at
