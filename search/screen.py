@@ -27,7 +27,7 @@ from minipuzzle.selection import Selection
 
 from .proxies import Proxies, mean_proxies
 
-LEVEL = 0.01  # chance, at each stage, that a candidate as good as the incumbent is given up
+LEVEL = 0.05  # chance, at each stage, that a candidate just as good as the incumbent is given up
 # Standard deviation of a sequence's difference, of the candidate's KL: the median over pairs of the
 # demo's candidates on its search text is 0.14.
 PRIOR_SPREAD = 0.15
