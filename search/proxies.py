@@ -12,9 +12,9 @@ from minipuzzle.model import Model
 from minipuzzle.selection import Indices, Selection
 from minipuzzle.walk import Walk
 
-from .trie import STATE_BYTES, CutMaker, Maker, Trie, decisions, passes, walk_together
+from .trie import CutMaker, Maker, Trie, decisions, passes, room_for_states, walk_together
 
-LOGIT_BYTES = {"cpu": 2 * 2**20, "cuda": 512 * 2**20}  # of one fp32 piece of the logits
+LOGIT_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}  # of one fp32 piece of the logits
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class ProxyEvaluator:
             teacher: resident, or streamed if the maker's layers can be made on the way.
             ids: (B, T); every sequence counts the same.
             maker: what the layers of candidates are; None: the teacher's, cut.
-            state_bytes: memory that the states of candidates may take.
+            state_bytes: memory that the states of candidates may take; None: what there is.
         """
         self.walk, self.ids = Walk(teacher), ids
         cut = CutMaker(self.walk)
         self.maker = maker or cut
-        self.state_bytes = state_bytes or STATE_BYTES.get(self.walk.device.type, STATE_BYTES["cpu"])
+        self.state_bytes = state_bytes or room_for_states(self.walk.device)
         whole = [Selection.identity(teacher.architecture)]
         trie = Trie.of(decisions(whole, cut.key))
         with torch.no_grad():

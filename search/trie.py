@@ -24,10 +24,11 @@ from typing import Protocol
 import torch
 
 from minipuzzle.architecture import Layer
+from minipuzzle.residency import free_bytes
 from minipuzzle.selection import Indices, LayerSelection, Selection, with_units_of_groups
 from minipuzzle.walk import Walk, narrow_layer
 
-STATE_BYTES = {"cpu": 2**30, "cuda": 16 * 2**30}  # of the states alive, unless a caller says more
+STATE_BYTES = {"cpu": 2**30, "cuda": 16 * 2**30}  # of the states alive, at most
 
 GONE = -1  # in a row of decisions
 LayerFunction = Callable[[torch.Tensor], torch.Tensor]
@@ -174,6 +175,11 @@ def node_ratio(selections: Sequence[Selection], key: Key = plain_key) -> float:
     """
     alone = sum(len(selection.kept) for selection in selections)
     return Trie.of(decisions(selections, key)).nodes / alone
+
+
+def room_for_states(device: torch.device) -> int:
+    """Bytes that the states of candidates may take on a device, by what is free there now."""
+    return min(STATE_BYTES.get(device.type, STATE_BYTES["cpu"]), free_bytes(device) // 3)
 
 
 def passes(
