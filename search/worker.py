@@ -104,14 +104,19 @@ class Worker:
         for _ in range(FREE_PROPOSALS * self.settings.batch):
             if len(batch) == self.settings.batch or not self._more():
                 break
-            trial = self.study.ask(fixed_distributions=distributions(self.space))
-            self.running[trial.number] = trial
-            if self.watch is not None:
-                self.watch.begin(trial.number)
-            first = trial.number if first is None else first
-            trial.set_user_attr(BATCH, first)
-            self._claim(trial, batch)
+            with suppress(UpdateFinishedTrialError):  # by others, who took this worker for dead
+                trial = self._ask()
+                first = trial.number if first is None else first
+                trial.set_user_attr(BATCH, first)
+                self._claim(trial, batch)
         return batch
+
+    def _ask(self) -> optuna.Trial:
+        trial = self.study.ask(fixed_distributions=distributions(self.space))
+        self.running[trial.number] = trial
+        if self.watch is not None:
+            self.watch.begin(trial.number)
+        return trial
 
     def _more(self) -> bool:
         """Whether there is something to ask for: a new point, or one that was queued again."""
@@ -173,14 +178,15 @@ class Worker:
         if not math.isfinite(trial.proxies.kl):
             self._tell(number, TrialState.FAIL)
             return
-        with suppress(UpdateFinishedTrialError):  # by others, who took this worker for dead
+        with suppress(UpdateFinishedTrialError):
             self.running[number].set_user_attr(RESULT, trial.to_json())
         self._tell(number, TrialState.COMPLETE, values(trial, self.settings.objectives))
 
     def _tell(self, number: int, state: TrialState, found: Sequence[float] | None = None) -> None:
         """End a trial; one that others gave up as dead stays what they made of it."""
         self.pending.pop(number, None)
-        self.study.tell(self.running.pop(number), found, state=state, skip_if_finished=True)
+        with suppress(UpdateFinishedTrialError):
+            self.study.tell(self.running.pop(number), found, state=state, skip_if_finished=True)
         if self.watch is not None:
             self.watch.end(number)
 

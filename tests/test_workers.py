@@ -8,7 +8,7 @@ import signal
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -23,8 +23,9 @@ from minipuzzle.errors import UserError
 from minipuzzle.recipe import SearchConfig
 from minipuzzle.search.claims import Claims, Standing
 from minipuzzle.search.propose import distributions
+from minipuzzle.search.space import Point
 from minipuzzle.search.storage import open_storage, sqlite_url
-from minipuzzle.search.study import search
+from minipuzzle.search.study import Judged, search
 from tests.postgres import PASSWORD, server
 from tests.table_space import TableSpace, judge, slow_judge
 
@@ -230,6 +231,22 @@ def test_trials_of_workers_that_died_between_two_steps_are_settled(tmp_path: Pat
         states = {trial.number: trial.state for trial in study.trials}
     assert states[silent] is TrialState.FAIL
     assert all(state.is_finished() for state in states.values())
+
+
+def test_a_worker_that_was_taken_for_dead_keeps_its_values(tmp_path: Path) -> None:
+    url = sqlite_url(tmp_path / "s.db")
+    calls = 0
+
+    def slow(points: Sequence[Point]) -> list[Judged]:
+        nonlocal calls
+        calls += 1
+        with study_of(url) as study:
+            for trial in study.get_trials(states=[TrialState.RUNNING])[:calls]:
+                study.tell(trial.number, state=TrialState.FAIL)
+        return judge(points)
+
+    trials = search(SPACE, slow, settings=settings(url), seed=0, storage=url, seeds=())
+    assert len(trials) == TRIALS and calls == TRIALS / BATCH
 
 
 def test_claims_are_unique_and_limited(tmp_path: Path) -> None:
