@@ -70,9 +70,8 @@ PRESETS: dict[str, Preset] = {
     # layers would overshoot, so they were counted at 4. Its buffer is not printed: with 2^20 tokens
     # and bf16 states the items of the candidates circled in figure 10 (44 Mamba, 49 FFN and 5
     # attention layers of width 30720; twice 46, 48, 4 of width 32768) add up to 29.90, 29.87 and
-    # 29.87 GiB, and the figure shows them at 31.55 to 31.58: 1.68 GiB puts all of them there. The
-    # 47B that was released (45, 48, 5 of width 30720) then needs 31.55 GiB. With 10^6 tokens the
-    # buffer would be 1.88 GiB, also a possible reading.
+    # 29.87 GiB, and the figure shows them at 31.52 and 31.56 (docs/the-paper-case.md), 1.63 to 1.68
+    # GiB more. The 47B that was released (45, 48, 5 of width 30720) then needs 31.55 GiB.
     "rtx5090-1m": Preset(
         about="RTX 5090, 1M tokens in 4 bits: the case of Nemotron-H 47B",
         source="budget: arXiv 2504.03624, section 3.3; reserve: fitted to its figure 10",

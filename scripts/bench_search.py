@@ -5,13 +5,16 @@
 Judges from the table of docs/results/enumerated_space.json (scripts/enumerate_space.py). Without
 seeded points each sampler searches with 10 seeds, by 10 % of the architectures; then the same with
 the additive and greedy solutions in front, and the additive solution alone. An evaluation is a
-distinct architecture; repeats are free. Figures go to docs/results/search.json.
+distinct architecture; repeats are free. `random` draws what the study then makes fit, as it does
+with everything that is proposed; `uniform` draws from all architectures that fit, without a study.
+Figures go to docs/results/search.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -36,7 +39,8 @@ from minipuzzle.source import resolve
 SEEDS = 10
 SHARE = 0.1  # of the architectures are evaluated
 BEST = 0.01  # of them, by rank, count as found
-SAMPLERS = ("auto", "gp", "tpe", "random")
+UNIFORM = "uniform"
+SAMPLERS = ("auto", "random", UNIFORM)
 
 
 class TableSpace:
@@ -80,6 +84,9 @@ class TableSpace:
 
     def study(self, sampler: str, seed: int, trials: int, seeds: Sequence[Point]) -> list[int]:
         """Ranks of the evaluated architectures, in order."""
+        if sampler == UNIFORM:
+            drawn = random.Random(seed).sample(list(self.table), trials)
+            return [self.ranks[point] for point in [*seeds, *drawn][:trials]]
         settings = self.recipe.search.model_copy(update={"sampler": sampler, "trials": trials})
         with tempfile.TemporaryDirectory() as folder:
             found = search(

@@ -15,12 +15,12 @@ from minipuzzle.errors import UserError
 from minipuzzle.memory import Deployment, memory
 from minipuzzle.plan import plan, render
 from minipuzzle.prune.select import select
-from minipuzzle.scores import Scores
-from tests.test_core import P47, P56, PUBLISHED
+from minipuzzle.search.listing import published_scores
+from tests.test_core import P47, PUBLISHED
 from tests.tiny import write_tiny
 
 GIB = 2**30
-CURVE = Path(__file__).parent / "golden" / "nemotron_h_56b_layer_mse.json"
+CURVE = Path(__file__).parent.parent / "recipes" / "nemotron-h-56b-layer-mse.json"
 
 
 def test_weights_of_the_56b_in_nvfp4_are_the_papers() -> None:
@@ -32,15 +32,7 @@ def test_weights_of_the_56b_in_nvfp4_are_the_papers() -> None:
 def test_the_published_curve_gives_the_released_47b() -> None:
     """9 Mamba, 6 FFN and 5 attention layers removed by hidden MSE (arXiv 2504.03624, figure 9)."""
     _, architecture = families.read(PUBLISHED["56B"][0])
-    curve = json.loads(CURVE.read_text())["mse"]
-    off_the_axis = 1.0
-    layers = [curve.get(str(i), off_the_axis) for i in range(len(P56))]
-    scores = Scores(
-        kinds=tuple(layer.kind for layer in architecture.layers),
-        layers={"hidden_mse": torch.tensor(layers)},
-        units={},
-        provenance={},
-    )
+    scores, _ = published_scores(CURVE, architecture)
     chosen = select(scores, architecture, removed={"mamba": 9, "ffn": 6, "attention": 5}, sizes={})
     assert chosen.apply(architecture).pattern == P47
 
