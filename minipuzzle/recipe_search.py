@@ -105,6 +105,9 @@ class SearchConfig(Section):
     proxy: Literal["cut", "repaired"] = Field(
         default="repaired", description="judge candidates with a quick repair, or as they are cut"
     )
+    proxy_blocks: int = Field(
+        default=16, ge=1, description="calibration sequences of that quick repair"
+    )
     objectives: tuple[Objective, ...] = Field(
         default=("kl",),
         strict=False,

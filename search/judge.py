@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from minipuzzle import progress
 from minipuzzle.data.blocks import recipe_blocks
 from minipuzzle.files import atomic_write_json
 from minipuzzle.jsonfile import read_json
@@ -33,8 +34,7 @@ class Judge:
         ids = recipe_blocks(recipe, "search", model.tokenizer, settings.blocks)
         maker = None
         if settings.proxy == "repaired":
-            blocks = settings.tournament.blocks
-            text = recipe_blocks(recipe, "calibration", model.tokenizer, blocks)
+            text = recipe_blocks(recipe, "calibration", model.tokenizer, settings.proxy_blocks)
             maker = QuickRepair(model, text, ridge=recipe.repair.ridge)
         self.evaluate = ProxyEvaluator(model, ids, maker=maker)
         alone = settings.objectives == ("kl",)  # what is bad by KL may still be on a front
@@ -76,7 +76,7 @@ class Judge:
 def study_seeds(space: Space, scores: Scores, judge: Judge, path: Path) -> list[Point]:
     """The additive and greedy solutions, at prices measured by the judge; kept in a file."""
     if not path.exists():
-        prices = measure_prices(space, scores, judge.divergences)
-        points = additive_seeds(space, prices)
+        progress.say("search: pricing single changes, to begin with what they add up to")
+        points = additive_seeds(space, measure_prices(space, scores, judge.divergences))
         atomic_write_json(path, {"seeds": [point.to_json() for point in points]})
     return [Point.from_json(record) for record in read_json(path)["seeds"]]
