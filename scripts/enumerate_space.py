@@ -65,7 +65,7 @@ class Enumeration:
         """Suffix of the figures -> a judge on the demo's search text."""
         search, tokenizer = self.recipe.search, self.model.tokenizer
         ids = recipe_blocks(self.recipe, "search", tokenizer, search.blocks)
-        text = recipe_blocks(self.recipe, "calibration", tokenizer, search.tournament.blocks)
+        text = recipe_blocks(self.recipe, "calibration", tokenizer, search.proxy_blocks)
         repair = QuickRepair(self.model, text, ridge=self.recipe.repair.ridge)
         return {
             "": ProxyEvaluator(self.model, ids),
