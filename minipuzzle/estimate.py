@@ -286,7 +286,7 @@ def _quick_repair_bytes(work: Work) -> float:
     search = work.recipe.search
     if search.proxy == "cut":
         return 0.0
-    tokens = _tokens(work.recipe.data.calibration, search.tournament.blocks)
+    tokens = _tokens(work.recipe.data.calibration, search.proxy_blocks)
     streams = len(work.architecture.layers) + 1
     return streams * tokens * work.architecture.hidden * work.machine.weight + 2 * 2**30
 
