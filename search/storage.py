@@ -27,7 +27,7 @@ from sqlalchemy.exc import (
 from minipuzzle.errors import UserError
 from minipuzzle.files import is_disk_full
 
-GRACE = 2.5  # heartbeats that a trial may miss before its worker counts as dead
+GRACE = 3  # heartbeats that a trial may miss before its worker counts as dead
 OPEN_ATTEMPTS = 10  # to make tables that other workers are making
 SQLITE_SECONDS = 60  # to wait for another process that writes
 
@@ -87,7 +87,7 @@ def make_tables(make: Callable[[], T]) -> T:
 
 def grace_seconds(heartbeat: int) -> int:
     """Seconds without a sign of life after which a worker counts as dead."""
-    return round(GRACE * heartbeat)
+    return GRACE * heartbeat
 
 
 def _open(url: URL, options: dict[str, Any]) -> RDBStorage:

@@ -62,6 +62,8 @@ class Watch:
 
     def sweep(self) -> None:
         """Fail the trials of workers that are dead; each is queued again."""
+        for number in sorted(self._mine):  # should this process have slept, it is no less alive
+            self._record(number)
         with quiet():
             fail_stale_trials(self._study)
         self._adopt()

@@ -31,8 +31,8 @@ from tests.table_space import TableSpace, judge, slow_judge
 
 pytestmark = pytest.mark.filterwarnings("error")
 SPACE = TableSpace()
-TRIALS, BATCH = 24, 3
-HEARTBEAT = 1
+TRIALS, BATCH = 18, 3
+QUICK, CALM = 1, 20  # seconds between signs of life: where somebody is killed, and where not
 ROOT = Path(__file__).parents[1]
 
 
@@ -58,16 +58,17 @@ def open_url(url: str) -> str:
 
 
 def settings(url: str, **changes: Any) -> SearchConfig:
-    options = {"trials": TRIALS, "batch": BATCH, "storage": url, "heartbeat": HEARTBEAT}
+    options = {"trials": TRIALS, "batch": BATCH, "storage": url, "heartbeat": QUICK}
     return SearchConfig(**{**options, **changes})
 
 
-def work(url: str, log: Path, seconds: float, results: Any) -> None:
+def work(url: str, log: Path, seconds: float, heartbeat: int, results: Any) -> None:
     """What a worker process does; `seconds`: of each evaluation."""
     warnings.simplefilter("error")
     try:
+        options = settings(url, heartbeat=heartbeat)
         trials = search(
-            SPACE, slow_judge(log, seconds), settings=settings(url), seed=0, storage=url, seeds=()
+            SPACE, slow_judge(log, seconds), settings=options, seed=0, storage=url, seeds=()
         )
         results.put([trial.to_json() for trial in trials])
     except BaseException as error:
@@ -86,10 +87,10 @@ class Crew:
         self.url, self.folder = url, folder
         self.processes: list[BaseProcess] = []
 
-    def start(self, seconds: float) -> int:
+    def start(self, seconds: float, heartbeat: int = CALM) -> int:
         """Start a worker; its number."""
         number = len(self.processes)
-        arguments = (self.url, self.log(number), seconds, self.results)
+        arguments = (self.url, self.log(number), seconds, heartbeat, self.results)
         process = self.context.Process(target=work, args=arguments, daemon=True)
         process.start()
         self.processes.append(process)
@@ -174,7 +175,7 @@ def key(trial: dict[str, Any]) -> str:
 def test_four_workers_share_a_study(database: str, crew: Callable[[str], Crew]) -> None:
     ours = crew(database)
     for _ in range(4):
-        ours.start(seconds=0.03)
+        ours.start(seconds=0.1)
     check(database, ours, ours.finish(4))
     assert sum(bool(ours.lines("done", number)) for number in range(4)) > 1
 
@@ -184,10 +185,10 @@ def test_what_a_killed_worker_leaves_is_done_by_another(
     database: str, crew: Callable[[str], Crew], last: bool
 ) -> None:
     ours = crew(database)
-    victim = ours.start(seconds=60)
+    victim = ours.start(seconds=60, heartbeat=QUICK)
     wait_until(lambda: bool(ours.lines("begun", victim)))
     lost = ours.lines("begun", victim)
-    other = ours.start(seconds=0.05)
+    other = ours.start(seconds=0.05, heartbeat=QUICK)
     wanted = TRIALS - len(lost) if last else 1
     wait_until(lambda: len(ours.lines("done", other)) >= wanted)
     ours.kill(victim)
@@ -245,8 +246,9 @@ def test_a_worker_that_was_taken_for_dead_keeps_its_values(tmp_path: Path) -> No
                 study.tell(trial.number, state=TrialState.FAIL)
         return judge(points)
 
-    trials = search(SPACE, slow, settings=settings(url), seed=0, storage=url, seeds=())
-    assert len(trials) == TRIALS and calls == TRIALS / BATCH
+    few = settings(url, trials=6)
+    trials = search(SPACE, slow, settings=few, seed=0, storage=url, seeds=())
+    assert len(trials) == 6 and calls == 6 / BATCH
 
 
 def test_claims_are_unique_and_limited(tmp_path: Path) -> None:
