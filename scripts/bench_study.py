@@ -1,10 +1,13 @@
 """The demo's study with its shared walks and screens against every candidate in full, one by one.
 
     python scripts/bench_study.py
+    python scripts/bench_study.py --proxy repaired
 
 Both begin by measuring additive prices, which make the first candidates, and go on with the same
 seed. The outcome is the best candidate's KL on all sequences. Times are of the whole study,
-the proposals included, by processor time: other programs on the machine disturb that less.
+proposals and quick repairs included, by processor time: other programs on the machine disturb that
+less. What the stage does after its study, to judge all that may become finalists on all sequences,
+is measured apart.
 """
 
 from __future__ import annotations
@@ -17,32 +20,31 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from bench_trie import Figures, Setting, demo_setting, demo_space, seconds, settle
 from figures import RESULTS, record
 
-from minipuzzle.recipe import SearchConfig
+from minipuzzle.recipe import Recipe, demo_recipe
 from minipuzzle.search.additive import additive_seeds, measure_prices
-from minipuzzle.search.proxies import ProxyEvaluator
-from minipuzzle.search.screen import Screen
+from minipuzzle.search.finalists import POOL
+from minipuzzle.search.judge import PRICE_BLOCKS, Judge
 from minipuzzle.search.space import Point, Space
 from minipuzzle.search.storage import sqlite_url
-from minipuzzle.search.study import Judge, Judged, Trial, search
+from minipuzzle.search.study import Judged, Trial, search
 from minipuzzle.selection import Selection
 
-PRICED = slice(0, 2)  # sequences of the prices, as in the product
 
+class PlainJudge(Judge):
+    """Every candidate alone, on all sequences."""
 
-class Counting(ProxyEvaluator):
-    """An evaluator that counts the sequences that candidates have seen."""
+    def __call__(self, points: Sequence[Point]) -> list[Judged]:
+        """See `Judge`."""
+        selections = [self.space.selection(point, self.scores) for point in points]
+        return [Judged(self.evaluate([each])[0], screened=False) for each in selections]
 
-    sequences = 0
-
-    def sums(self, selections: Sequence[Selection], blocks: slice | None = None) -> torch.Tensor:
-        """See `ProxyEvaluator.sums`."""
-        found = super().sums(selections, blocks)
-        self.sequences += found.shape[0] * found.shape[1]
-        return found
+    def divergences(self, selections: Sequence[Selection]) -> list[float]:
+        """See `Judge`."""
+        blocks = slice(0, PRICE_BLOCKS)
+        return [self.evaluate([each], blocks=blocks)[0].kl for each in selections]
 
 
 @dataclass(frozen=True)
@@ -51,45 +53,26 @@ class Bench:
 
     setting: Setting
     space: Space
-    settings: SearchConfig
+    recipe: Recipe
 
-    def study(self, seed: int, *, plain: bool) -> tuple[list[Trial], int]:
-        """The trials of a study, and how many sequences its candidates and prices have seen."""
-        evaluate = Counting(self.setting.model, self.setting.ids)
-
-        def price(selections: Sequence[Selection]) -> list[float]:
-            groups = [[each] for each in selections] if plain else [selections]
-            found = [evaluate(group, blocks=PRICED) for group in groups]
-            return [proxies.kl for group in found for proxies in group]
-
-        prices = measure_prices(self.space, self.setting.scores, price)
-        judge = self._plain(evaluate) if plain else self._screened(evaluate)
+    def study(self, seed: int, *, plain: bool) -> tuple[list[Trial], Judge]:
+        """The trials of a study, and who judged them."""
+        setting, settings = self.setting, self.recipe.search
+        judge = (PlainJudge if plain else Judge)(
+            self.recipe, setting.model, self.space, setting.scores
+        )
+        prices = measure_prices(self.space, setting.scores, judge.divergences)
         with tempfile.TemporaryDirectory() as folder:
             trials = search(
                 self.space,
                 judge,
-                settings=self.settings,
+                settings=settings,
                 seed=seed,
                 storage=sqlite_url(Path(folder) / "study.db"),
                 seeds=additive_seeds(self.space, prices),
+                remind=None if plain else judge.remind,
             )
-        return trials, evaluate.sequences
-
-    def _plain(self, evaluate: ProxyEvaluator) -> Judge:
-        def judge(points: Sequence[Point]) -> list[Judged]:
-            selections = self.setting.selections(self.space, points)
-            return [Judged(evaluate([each])[0], screened=False) for each in selections]
-
-        return judge
-
-    def _screened(self, evaluate: ProxyEvaluator) -> Judge:
-        screen = Screen(evaluate, self.settings.blocks)
-
-        def judge(points: Sequence[Point]) -> list[Judged]:
-            selections = self.setting.selections(self.space, points)
-            return [Judged(proxies, screened) for proxies, screened in screen(selections)]
-
-        return judge
+        return trials, judge
 
 
 def best(trials: Sequence[Trial]) -> Trial:
@@ -97,11 +80,16 @@ def best(trials: Sequence[Trial]) -> Trial:
     return min((t for t in trials if not t.screened), key=lambda t: (t.proxies.kl, t.number))
 
 
+def sequences(trials: Sequence[Trial]) -> int:
+    """Sequences that candidates have seen."""
+    return sum(trial.proxies.blocks for trial in trials)
+
+
 def measure(bench: Bench, seeds: int) -> Figures:
     """Both ways for several seeds."""
     rows = []
     for seed in range(seeds):
-        found: dict[bool, tuple[list[Trial], int]] = {}
+        found: dict[bool, tuple[list[Trial], Judge]] = {}
 
         def run(plain: bool, seed: int = seed) -> None:
             found[plain] = bench.study(seed, plain=plain)  # noqa: B023
@@ -111,13 +99,17 @@ def measure(bench: Bench, seeds: int) -> Figures:
             for plain in (True, False)
         }
         chosen = {plain: best(trials) for plain, (trials, _) in found.items()}
+        trials, judge = found[False]
+        number = POOL * bench.recipe.search.tournament.finalists
+        after = seconds(partial(judge.completed, trials, number), bench.setting.model.device)
         row = {
             "clock": took[True][0] / took[False][0],
             "processor": took[True][1] / took[False][1],
-            "sequences": found[False][1] / found[True][1],
+            "completed": took[True][1] / (took[False][1] + after[1]),
+            "sequences": sequences(trials) / sequences(found[True][0]),
             "same": chosen[True].point == chosen[False].point,
             "kl": chosen[False].proxies.kl / chosen[True].proxies.kl - 1,
-            "whole": sum(not t.screened for t in found[False][0]) / len(found[False][0]),
+            "whole": sum(not t.screened for t in trials) / len(trials),
         }
         rows.append(row)
         print(f"seed {seed}: {took} s, {row}; chosen {chosen[False].point.key}", flush=True)
@@ -125,24 +117,34 @@ def measure(bench: Bench, seeds: int) -> Figures:
     def middle(name: str) -> float:
         return round(statistics.median(row[name] for row in rows), 3)
 
-    return {
+    figures: Figures = {
         "study_speedup": (middle("processor"), "times as fast, by processor time"),
         "study_speedup_clock": (middle("clock"), "times as fast, by the clock"),
-        "study_trials": (bench.settings.trials, ""),
+        "study_speedup_with_pool": (
+            middle("completed"),
+            "times as fast, with the judging of possible finalists on all sequences",
+        ),
+        "study_trials": (bench.recipe.search.trials, ""),
         "study_seeds": (seeds, ""),
         "study_same_choice": (sum(row["same"] for row in rows), f"of {seeds} seeds"),
         "study_kl_above_plain": (
             float(f"{max(row['kl'] for row in rows):.3g}"),
             "of the chosen one's KL, largest over the seeds",
         ),
-        "study_sequences_share": (middle("sequences"), "of the sequences of the plain study"),
+        "study_sequences_share": (
+            middle("sequences"),
+            "of the sequences that all candidates see in the plain study",
+        ),
         "study_seen_whole_share": (middle("whole"), "of the trials"),
     }
+    proxy = bench.recipe.search.proxy
+    return figures if proxy == "cut" else {f"{n}_{proxy}": f for n, f in figures.items()}
 
 
 def main() -> None:
     """Measure and record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--proxy", default="cut", choices=["cut", "repaired"])
     parser.add_argument("--trials", type=int, default=64)
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
@@ -152,8 +154,9 @@ def main() -> None:
     options = parser.parse_args()
     settle(options.threads)
     setting = demo_setting(options.blocks)
-    settings = SearchConfig(trials=options.trials, blocks=options.blocks)
-    figures = measure(Bench(setting, demo_space(setting), settings), options.seeds)
+    chosen = {name: getattr(options, name) for name in ("proxy", "trials", "blocks")}
+    recipe = Recipe.load(demo_recipe(), [f"search.{name}={v}" for name, v in chosen.items()])
+    figures = measure(Bench(setting, demo_space(setting), recipe), options.seeds)
     for name, (value, unit) in figures.items():
         print(f"{name}: {value} {unit}")
     if not options.dry:
