@@ -5,10 +5,11 @@ Letters: B sequences, T tokens of a sequence, E hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
 
 
 class Teacher(Protocol):
@@ -20,6 +21,17 @@ class Teacher(Protocol):
 
     def hidden(self, rows: Tensor) -> Tensor:
         """(B, T, E), the states just before the head of blocks number `rows` (B,)."""
+
+
+@runtime_checkable
+class Targets(Protocol):
+    """Stored distributions of some blocks: a loss against them, without hidden states."""
+
+    def loss(self, rows: Tensor, hidden: Tensor, head: Tensor) -> Tensor:
+        """Mean over tokens, a scalar: student states (B x T, D), head (V, D), blocks `rows` (B,).
+
+        An estimate of KL(teacher || student) at temperature 1, in nats.
+        """
 
 
 def final_hidden(module: nn.Module, ids: Tensor) -> Tensor:

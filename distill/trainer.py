@@ -25,17 +25,18 @@ from .heldout import evaluate
 from .history import HISTORY_FILE, History, Step
 from .loss import forward_kl
 from .resume import load_training, save_training
-from .teacher import OnlineTeacher, Teacher, TeacherStates, final_hidden, head_weight
+from .teacher import OnlineTeacher, Targets, Teacher, TeacherStates, final_hidden, head_weight
 
 
 def train(
     student: nn.Module,
-    teacher: nn.Module | Teacher,
+    teacher: nn.Module | Teacher | Targets,
     blocks: Tensor,
     settings: Settings,
     *,
     work: Path | None = None,
     held_out: Tensor | None = None,
+    held_out_teacher: Teacher | None = None,
     on_step: Callable[[Step], None] | None = None,
     until: int | None = None,
 ) -> History:
@@ -44,13 +45,14 @@ def train(
     Args:
         student: a causal language model with fp32 parameters (the master weights). It stays in
             eval mode: the models have no dropout, and train mode picks other kernels.
-        teacher: a module, run on each batch, or a `Teacher` of exactly these blocks.
+        teacher: a module, run on each batch, or a `Teacher` or `Targets` of exactly these blocks.
         blocks: (B, T) token ids; one pass after another in orders that depend on the seed only.
         settings: what to do; see `Settings`.
         work: where history and checkpoints go, and where an interrupted run is resumed from.
             None keeps everything in memory.
         held_out: (B', T') ids to evaluate on before the first and after the last step, and every
-            `settings.evaluate_every` steps. Needs the teacher as a module.
+            `settings.evaluate_every` steps. Needs the teacher as a module, or
+        held_out_teacher: the teacher of `held_out`.
         on_step: called after each step that is run (not for those of an earlier, killed run).
         until: stop after so many steps in all, with a checkpoint in `work` from which another call
             goes on; the rates are those of all `settings.steps`. None: go to the end.
@@ -66,7 +68,7 @@ def train(
     _check(student, blocks, settings)
     student.eval().requires_grad_(True)
     targets = OnlineTeacher(teacher, blocks) if isinstance(teacher, nn.Module) else teacher
-    judge = _judge(student, teacher, held_out)
+    judge = _judge(teacher, held_out, held_out_teacher)
     optimizer = make_optimizer(student, settings)
     identity = _identity(blocks, settings)
     earlier = load_training(work, student, optimizer) if work else None
@@ -92,7 +94,7 @@ def train(
 
 def train_step(
     student: nn.Module,
-    teacher: Teacher,
+    teacher: Teacher | Targets,
     blocks: Tensor,
     optimizer: torch.optim.Optimizer,
     settings: Settings,
@@ -120,7 +122,7 @@ def train_step(
 
 def accumulate(
     student: nn.Module,
-    teacher: Teacher,
+    teacher: Teacher | Targets,
     blocks: Tensor,
     rows: Tensor,
     temperature: float,
@@ -128,17 +130,18 @@ def accumulate(
 ) -> float:
     """Add the gradient of `share` x the mean KL of blocks `rows`; returns that loss."""
     head = head_weight(student)
-    teacher_hidden = teacher.hidden(rows)
+    teacher_hidden = None if isinstance(teacher, Targets) else teacher.hidden(rows)
     ids = blocks[rows].to(head.device)
     with torch.autocast(head.device.type, torch.bfloat16, enabled=head.device.type == "cuda"):
         hidden = final_hidden(student, ids)
-    loss = share * forward_kl(
-        hidden.flatten(0, 1).to(head.dtype),
-        head,
-        teacher_hidden.flatten(0, 1),
-        teacher.head,
-        temperature=temperature,
-    )
+    hidden = hidden.flatten(0, 1).to(head.dtype)
+    if isinstance(teacher, Targets):
+        loss = share * teacher.loss(rows, hidden, head)
+    else:
+        assert teacher_hidden is not None
+        loss = share * forward_kl(
+            hidden, head, teacher_hidden.flatten(0, 1), teacher.head, temperature=temperature
+        )
     torch.autograd.backward(loss)
     return loss.item()
 
@@ -185,12 +188,14 @@ def _due(step: int, every: int) -> bool:
 
 
 def _judge(
-    student: nn.Module, teacher: nn.Module | Teacher, held_out: Tensor | None
+    teacher: nn.Module | Teacher | Targets, held_out: Tensor | None, judge: Teacher | None
 ) -> tuple[Teacher, Tensor] | None:
     if held_out is None:
         return None
+    if judge is not None:
+        return judge, held_out
     if not isinstance(teacher, nn.Module):
-        raise ValueError("held_out needs the teacher as a module")
+        raise ValueError("held_out needs the teacher as a module, or held_out_teacher")
     return TeacherStates(teacher, held_out), held_out
 
 
