@@ -162,6 +162,13 @@ class DistillConfig(Section):
     micro: int = Field(default=0, ge=0, description="sequences in memory at once; 0: the batch")
     checkpoint_every: int = Field(default=20, ge=0, description="steps between resume points")
     evaluate_every: int = Field(default=0, ge=0, description="steps between held-out losses")
+    teacher: Literal["online", "sampled", "topk"] = Field(
+        default="online",
+        description="run on every batch, or once into `<run>/teacher-cache`: ids drawn from it, "
+        "or its likeliest ids",
+    )
+    cache_draws: int = Field(default=50, ge=1, le=2**15, description="ids drawn a token")
+    cache_top: int = Field(default=64, ge=1, description="likeliest ids kept a token")
 
 
 class SpeedConfig(Section):
