@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minipuzzle.errors import UserError
-from minipuzzle.files import atomic_write_text
+from minipuzzle.files import atomic_write_text, disk_full_is_a_user_error
 
 HISTORY_FILE = "history.jsonl"
 
@@ -42,12 +42,24 @@ class Evaluation:
     loss: float
 
 
+@dataclass(frozen=True)
+class Halving:
+    """Memory ran out at step `step`: from there on at most `micro` blocks at a time."""
+
+    step: int
+    micro: int
+
+
+Entry = Step | Evaluation | Halving
+
+
 @dataclass
 class History:
-    """All steps and evaluations in order; with a path, every one is written when it happens."""
+    """All that happened in order; with a path, every entry is written when it happens."""
 
     steps: list[Step] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
+    halvings: list[Halving] = field(default_factory=list)
     path: Path | None = None
 
     @property
@@ -60,11 +72,18 @@ class History:
         """Learning rate of each step."""
         return [step.learning_rate for step in self.steps]
 
-    def add(self, entry: Step | Evaluation) -> None:
-        """Append one entry, to the file as well."""
+    def micro_at(self, step: int) -> int:
+        """Blocks at a time that memory allows at a step; 0: nothing is known against a batch."""
+        return min((h.micro for h in self.halvings if h.step <= step), default=0)
+
+    def add(self, entry: Entry) -> None:
+        """Append one entry, to the file as well. UserError when the disk is full."""
         self._keep(entry)
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
+            with (
+                disk_full_is_a_user_error(self.path),
+                self.path.open("a", encoding="utf-8") as file,
+            ):
                 file.write(_line(entry))
 
     @classmethod
@@ -72,7 +91,8 @@ class History:
         """The entries in `path` made before step `done`; the file is cut back to them.
 
         What a killed run wrote after its last checkpoint will be written again, and a last line
-        it did not finish is no entry.
+        it did not finish is no entry. Halvings stay: the steps after them are to give the same
+        bits again, whether or not memory is short this time.
 
         Raises:
             UserError: the file lacks some of these steps.
@@ -80,7 +100,8 @@ class History:
         if path is None:
             return cls()
         history = cls(path=path)
-        kept = [entry for entry in _read(path) if entry.step < done] if path.exists() else []
+        read = list(_read(path)) if path.exists() else []
+        kept = [entry for entry in read if isinstance(entry, Halving) or entry.step < done]
         for entry in kept:
             history._keep(entry)
         if len(history.steps) != done:
@@ -91,11 +112,13 @@ class History:
         atomic_write_text(path, "".join(map(_line, kept)), sync=False)
         return history
 
-    def _keep(self, entry: Step | Evaluation) -> None:
+    def _keep(self, entry: Entry) -> None:
         if isinstance(entry, Step):
             self.steps.append(entry)
-        else:
+        elif isinstance(entry, Evaluation):
             self.evaluations.append(entry)
+        else:
+            self.halvings.append(entry)
 
 
 def read_history(path: Path) -> History:
@@ -106,15 +129,19 @@ def read_history(path: Path) -> History:
     return history
 
 
-_KINDS: dict[str, Callable[..., Step | Evaluation]] = {"step": Step, "evaluation": Evaluation}
+_KINDS: dict[str, Callable[..., Entry]] = {
+    "step": Step,
+    "evaluation": Evaluation,
+    "halving": Halving,
+}
 
 
-def _line(entry: Step | Evaluation) -> str:
-    kind = "step" if isinstance(entry, Step) else "evaluation"
+def _line(entry: Entry) -> str:
+    kind = next(name for name, made in _KINDS.items() if made is type(entry))
     return json.dumps({"kind": kind, **asdict(entry)}) + "\n"
 
 
-def _read(path: Path) -> Iterator[Step | Evaluation]:
+def _read(path: Path) -> Iterator[Entry]:
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if not line.endswith("\n"):
             return

@@ -11,18 +11,20 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from minipuzzle import progress
 from minipuzzle.errors import UserError
 
 from .config import Settings
+from .faults import NotFinite, all_finite, is_out_of_memory, release_memory, require_finite
 from .heldout import evaluate
-from .history import HISTORY_FILE, History, Step
+from .history import HISTORY_FILE, Halving, History, Step
 from .loss import forward_kl
 from .resume import load_training, save_training
 from .teacher import OnlineTeacher, Targets, Teacher, TeacherStates, final_hidden, head_weight
@@ -61,8 +63,9 @@ def train(
         The history of all steps, those of an earlier run included.
 
     Raises:
-        UserError: there are no blocks, the loss is no longer finite, or the checkpoint in `work`
-            is unreadable or of another training.
+        UserError: there are no blocks, the loss is no longer finite (`work` then holds the state
+            before that step), one block at a time is too much for the memory, the disk is full,
+            or no checkpoint in `work` is readable or it is of another training.
         ValueError: the student's parameters are not fp32 (or fp64).
     """
     _check(student, blocks, settings)
@@ -75,15 +78,29 @@ def train(
     done, threads = _resumed(earlier, identity)
     history = History.resume(work / HISTORY_FILE if work else None, done)
     last = settings.steps if until is None else min(until, settings.steps)
+    saved = done
+
+    def save(step: int) -> None:
+        nonlocal saved
+        if work and step > saved:
+            note = {"training": identity, "threads": threads, "done": step}
+            save_training(work, student, optimizer, note)
+            saved = step
+
     with _threads(threads):
         for step in range(done, last):
             if judge and (step == 0 or _due(step, settings.evaluate_every)):
                 history.add(evaluate(student, *judge, step=step))
-            entry = train_step(student, targets, blocks, optimizer, settings, step)
+            try:
+                entry = _fitting_step(student, targets, blocks, optimizer, settings, step, history)
+            except NotFinite as error:
+                if all_finite(student):
+                    save(step)
+                kept = f"; the state after {saved} steps is kept in {work}" if saved else ""
+                raise NotFinite(f"{error}{kept}") from None
             history.add(entry)
-            if work and (step + 1 == until or _due(step + 1, settings.checkpoint_every)):
-                note = {"training": identity, "threads": threads, "done": step + 1}
-                save_training(work, student, optimizer, note)
+            if step + 1 == until or _due(step + 1, settings.checkpoint_every):
+                save(step + 1)
             if on_step:
                 on_step(entry)
         if judge and last == settings.steps:
@@ -102,22 +119,59 @@ def train_step(
 ) -> Step:
     """One update of the student's parameters; `step` decides on blocks and rate."""
     rows = batch_rows(len(blocks), settings.batch, settings.seed, step)
-    loss = 0.0
+    loss, guilty = 0.0, rows
     for part in torch.split(rows, settings.micro or settings.batch):
         share = len(part) / len(rows)
         loss += accumulate(student, teacher, blocks, part, settings.temperature, share)
+        if guilty is rows and not math.isfinite(loss):
+            guilty = part
     rate = settings.learning_rate_at(step)
     norm = clip_gradients(optimizer, settings.clip)
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        raise UserError(
-            f"distillation: loss {loss} and gradient norm {norm} at step {step} are not finite; "
-            f"lower distill.learning_rate"
-        )
+    require_finite("loss", loss, guilty, step)
+    require_finite("gradient's norm", norm, rows, step)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return Step(step=step, loss=loss, learning_rate=rate, gradient_norm=norm)
+
+
+def _fitting_step(
+    student: nn.Module,
+    teacher: Teacher | Targets,
+    blocks: Tensor,
+    optimizer: torch.optim.Optimizer,
+    settings: Settings,
+    step: int,
+    history: History,
+) -> Step:
+    """`train_step` with a micro-batch that fits: halved, said and noted when memory runs out.
+
+    Nothing was updated by the failed attempt: all that a step allocates comes before the update.
+    """
+    while True:
+        micro = history.micro_at(step) or settings.micro or settings.batch
+        micro = min(micro, settings.batch)
+        try:
+            now = replace(settings, micro=micro)
+            return train_step(student, teacher, blocks, optimizer, now, step)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Here, outside of `except`, the failed attempt's frames and their tensors are gone.
+        optimizer.zero_grad(set_to_none=True)
+        release_memory()
+        # With one block at a time it is tried once more: memory was in pieces, or others' for long.
+        if Halving(step, 1) in history.halvings:
+            raise UserError(
+                f"distillation: out of memory at step {step} with one sequence at a time; "
+                f"shorten data.distillation.block or use a machine with more memory"
+            )
+        history.add(Halving(step, max(1, micro // 2)))
+        progress.say(
+            f"distill: out of memory at step {step}; {max(1, micro // 2)} instead of {micro} "
+            f"sequences at a time, the batch stays {settings.batch}"
+        )
 
 
 def accumulate(

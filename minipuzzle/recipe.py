@@ -152,8 +152,12 @@ class DistillConfig(Section):
 
     steps: int = Field(default=200, ge=0, description="optimiser steps")
     batch: int = Field(default=8, ge=1, description="sequences a step")
-    learning_rate: float = Field(default=5e-4, gt=0, description="peak of the cosine schedule")
+    learning_rate: float = Field(default=5e-4, gt=0, description="peak of the schedule")
+    schedule: Literal["cosine", "wsd"] = Field(
+        default="cosine", description="after the warm-up: a cosine, or stable and then a line down"
+    )
     warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps that warm up")
+    decay: float = Field(default=0.2, ge=0, le=1, description="share of the steps that wsd falls")
     temperature: float = Field(default=1.0, gt=0, description="of both distributions")
     weight_decay: float = Field(default=0.0, ge=0, description="of AdamW")
     betas: tuple[float, float] = Field(default=(0.9, 0.98), strict=False, description="of AdamW")

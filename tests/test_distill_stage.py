@@ -156,6 +156,8 @@ def test_every_setting_of_the_recipe_reaches_the_trainer(tmp_path: Path) -> None
         "micro": 2,
         "checkpoint_every": 4,
         "evaluate_every": 7,
+        "schedule": "wsd",
+        "decay": 0.4,
     }
     assert set(given) == set(DistillConfig.model_fields) - stage.CACHE_FIELDS
     recipe = Recipe.from_mapping({"model": str(tmp_path), "seed": 11, "distill": given})
