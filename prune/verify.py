@@ -41,7 +41,6 @@ class Logits:
 
     how: How
     needed_bytes: int
-    free_bytes: int
     tokens: int = 0
     masked_vs_sliced_max_difference: float | None = None
     largest_logit: float | None = None
@@ -101,26 +100,25 @@ def compare_logits(
     streamed = _streamed_parameters(architecture, family) + 2 * _logits(few, planned)
     if whole * FP32_BYTES <= SHARE * free:
         found = _resident(teacher, folder, selection, ids)
-        return _finding("resident", whole * FP32_BYTES, free, ids, *found)
+        return _finding("resident", whole * FP32_BYTES, ids, *found)
     needed = streamed * FP32_BYTES
     if needed > SHARE * free:
         progress.say(
             f"masked and sliced logits are not compared: even streamed that needs "
             f"{format_bytes(needed)}, and {format_bytes(free)} are free"
         )
-        return Logits("skipped", needed, free)
+        return Logits("skipped", needed)
     progress.say(
         f"both models need {format_bytes(whole * FP32_BYTES)}, {format_bytes(free)} are free: "
         f"masked and sliced logits are compared layer by layer on {few.numel()} tokens"
     )
     source = teacher if isinstance(teacher, Path) else teacher.folder
-    return _finding("streamed", needed, free, few, *_streamed(source, folder, selection, few))
+    return _finding("streamed", needed, few, *_streamed(source, folder, selection, few))
 
 
 def _finding(
     how: How,
     needed: int,
-    free: int,
     ids: torch.Tensor,
     shown: torch.Tensor,
     sliced: torch.Tensor,
@@ -134,7 +132,7 @@ def _finding(
     difference = float((sliced - shown).abs().max())
     scale = max(1.0, float(shown.abs().max()))
     assert difference <= TOLERANCE * scale, f"masked and sliced logits differ by {difference}"
-    return Logits(how, needed, free, ids.numel(), difference, scale)
+    return Logits(how, needed, ids.numel(), difference, scale)
 
 
 @torch.no_grad()

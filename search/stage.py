@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +106,8 @@ def _study(recipe: Recipe, space: Space, scores: Scores, judge: Judge, work: Pat
         identity={
             "model": scores.provenance.get("teacher"),
             "scores": scores.provenance,
-            "budget": asdict(space.limits),
+            # a share of a latency is of this machine's, and so no part of what others agree on
+            "budget": [space.limits.memory_bytes, settings.limits.model_dump(mode="json")],
             "deployment": recipe.deployment.options(),
             "search text": recipe.data.search.model_dump(mode="json"),
         },

@@ -155,7 +155,7 @@ def test_logits_are_compared_as_far_as_memory_goes(
 ) -> None:
     monkeypatch.setattr(verify, "free_bytes", lambda device: free)
     found = verify.verify_cut(folder, pruned, CUTS["all"], IDS)
-    assert (found["how"], found["tokens"], found["free_bytes"]) == (how, tokens, free)
+    assert (found["how"], found["tokens"]) == (how, tokens)
     difference = found["masked_vs_sliced_max_difference"]
     assert difference is None if how == "skipped" else 0 <= difference < 1e-4
     assert json.loads(json.dumps(found)) == found
