@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from .sharding import gathered
 
 
 class Teacher(Protocol):
@@ -42,9 +43,8 @@ def final_hidden(module: nn.Module, ids: Tensor) -> Tensor:
 
 
 def head_weight(module: nn.Module) -> Tensor:
-    """(V, D), the weight of a causal language model's head."""
-    weight: Tensor = cast(Any, module).get_output_embeddings().weight
-    return weight
+    """(V, D), the weight of a causal language model's head; put together where it is sharded."""
+    return gathered(cast(Any, module).get_output_embeddings().weight)
 
 
 class OnlineTeacher:

@@ -27,6 +27,7 @@ from .heldout import evaluate
 from .history import HISTORY_FILE, Halving, History, Step
 from .loss import forward_kl
 from .resume import load_training, save_training
+from .sharding import gathered, own_rows, summed
 from .teacher import OnlineTeacher, Targets, Teacher, TeacherStates, final_hidden, head_weight
 
 
@@ -120,11 +121,12 @@ def train_step(
     """One update of the student's parameters; `step` decides on blocks and rate."""
     rows = batch_rows(len(blocks), settings.batch, settings.seed, step)
     loss, guilty = 0.0, rows
-    for part in torch.split(rows, settings.micro or settings.batch):
+    for part in torch.split(own_rows(student, rows), settings.micro or settings.batch):
         share = len(part) / len(rows)
         loss += accumulate(student, teacher, blocks, part, settings.temperature, share)
         if guilty is rows and not math.isfinite(loss):
             guilty = part
+    loss = summed(student, loss)
     rate = settings.learning_rate_at(step)
     norm = clip_gradients(optimizer, settings.clip)
     require_finite("loss", loss, guilty, step)
@@ -232,6 +234,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, bound: float) -> float:
     """Scale all gradients so that their joint norm is at most `bound` (0: leave them); the norm."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = gathered(norm)
     if bound:
         torch.nn.utils.clip_grads_with_norm_(parameters, bound, norm)
     return norm.item()
