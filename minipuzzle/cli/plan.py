@@ -11,6 +11,10 @@ from click.core import ParameterSource
 from minipuzzle.units import parse_bytes, parse_tokens
 
 NAMES = ["nvfp4", "int4", "fp8", "bf16", "fp32"]
+TRAINING = (
+    *("train", "student", "micro", "tokens", "master"),
+    *("processes", "teacher_offload", "memory", "engine"),
+)
 PRECISION: dict[str, Any] = {"type": click.Choice(NAMES), "metavar": "PRECISION"}
 
 
@@ -53,6 +57,23 @@ def _list_presets(context: click.Context, option: click.Parameter, value: str | 
 @click.option(
     "--reserve", default="0GiB", show_default=True, metavar="SIZE", help="Kept for other things."
 )
+@click.option("--train", is_flag=True, help="Memory of the distillation instead.")
+@click.option(
+    "--student",
+    metavar="STUDENT",
+    default="83%",
+    show_default=True,
+    help="Its folder, or its share of the teacher's parameters (FFN narrowed).",
+)
+@click.option("--micro", type=click.IntRange(min=1), default=1, help="Sequences trained at once.")
+@click.option("--tokens", default="4k", metavar="TOKENS", help="Of a trained sequence.")
+@click.option("--master", type=click.Choice(["fp32", "bf16"]), default="fp32", help="Its weights.")
+@click.option("--processes", type=click.IntRange(min=1), default=1, help="Sharing all (FSDP2).")
+@click.option("--teacher-offload", is_flag=True, help="Teacher's weights in the host's memory.")
+@click.option("--memory", metavar="SIZE", help="Of the card. [default: the preset's]")
+@click.option(
+    "--engine", type=click.Choice(["gpu", "cpu"]), default="gpu", help="bf16 autocast, or fp32."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     model: str,
@@ -71,7 +92,12 @@ def command(
     Examples:
       minipuzzle plan MODEL --preset rtx4090-32k --context 128k
       minipuzzle plan MODEL --budget 31.7GiB --context 1M --weights nvfp4 --kv nvfp4
+      minipuzzle plan MODEL --train --student 83% --memory 80GiB --processes 8
     """
+    training = {name: fields.pop(name) for name in TRAINING}
+    if training.pop("train"):
+        _train(model, revision, preset, as_json, training)
+        return
     from minipuzzle import deployments
     from minipuzzle.plan import plan, render
 
@@ -85,6 +111,32 @@ def command(
     deployment = deployments.deployment(preset, fields)
     made = plan(model, revision=revision, budget=budget, deployment=deployment)
     click.echo(json.dumps(made.to_json(), indent=2) if as_json else render(made))
+
+
+def _train(
+    model: str, revision: str | None, preset: str | None, as_json: bool, fields: dict[str, Any]
+) -> None:
+    from minipuzzle.trainplan import plan_training, render
+
+    made = plan_training(
+        model,
+        revision=revision,
+        student=fields.pop("student"),
+        card=_card(preset, fields.pop("memory")),
+        tokens=parse_tokens(fields.pop("tokens")),
+        **fields,
+    )
+    click.echo(json.dumps(made.to_json(), indent=2) if as_json else render(made))
+
+
+def _card(preset: str | None, memory: str | None) -> tuple[int | None, int]:
+    """Bytes that the card has, and those of them that are kept free."""
+    from minipuzzle import deployments
+
+    reserve = 0 if preset is None else deployments.find(preset).build().reserve_bytes
+    if memory is not None:
+        return parse_bytes(memory), reserve
+    return (None if preset is None else parse_bytes(deployments.find(preset).budget)), reserve
 
 
 def _given(option: str) -> bool:
