@@ -19,7 +19,8 @@ class Settings:
     times the peak over the last `decay` share of the steps. `clip` bounds the norm of the whole
     gradient (0 switches it off). `checkpoint_every` and `evaluate_every` count steps, 0 is never.
     `micro` is the number of blocks whose activations exist at a time (0: all of a batch); it
-    changes results by rounding only.
+    changes results by rounding only. The training ends early after `patience` evaluations without
+    gain (0: never).
 
     Raises:
         UserError: a value is out of its range.
@@ -40,9 +41,10 @@ class Settings:
     seed: int = 0
     schedule: Literal["cosine", "wsd"] = "cosine"
     decay: float = 0.2
+    patience: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "micro", "checkpoint_every", "evaluate_every"):
+        for name in ("steps", "micro", "checkpoint_every", "evaluate_every", "patience"):
             self._require(getattr(self, name) >= 0, name, "at least 0")
         for name in ("weight_decay", "clip"):
             value = getattr(self, name)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,14 +19,18 @@ from minipuzzle.recipe import Recipe
 from minipuzzle.runfolder import RunFolder
 from minipuzzle.source import resolve
 
+from .best import best_of, restore_best
 from .cache import CachedTeacher, identity, write_cache
 from .config import Settings
-from .history import HISTORY_FILE, History, Step
+from .heldout import evaluate
+from .history import HISTORY_FILE, Evaluation, History, Step
+from .outcome import SCHEMA_VERSION, outcome
+from .range_test import FIRST, choose_rate, growth
 from .teacher import OnlineTeacher, Targets, Teacher, TeacherStates
 from .trainer import train
 
-SCHEMA_VERSION = 1
-STARTS = ("repaired", "pruned")
+PRUNED = "pruned"
+STARTS = ("repaired", PRUNED)
 RESULT_FILE = "distill.json"
 TRAINING = "training"  # the folder of checkpoints, gone when the student is written
 HELD_OUT_BLOCKS = 8
@@ -43,6 +46,7 @@ def run(recipe: Recipe, folder: RunFolder) -> Path:
         "schema_version": SCHEMA_VERSION,
         "teacher": Checkpoint.open(teacher).fingerprint(),
         "start": folder.fingerprint(start),
+        "pruned": folder.fingerprint(PRUNED) if folder.stage(PRUNED) else None,
         "settings": recipe.distill.model_dump(mode="json", exclude={"checkpoint_every"}),
         "sources": recipe.data.model_dump(mode="json"),
         "seed": recipe.seed,
@@ -72,8 +76,14 @@ def starting_point(folder: RunFolder) -> str:
 
 
 def settings_of(recipe: Recipe) -> Settings:
-    """The trainer's settings: the recipe's section less the cache, with the same names."""
-    return Settings(**recipe.distill.model_dump(exclude=CACHE_FIELDS), seed=recipe.seed)
+    """The trainer's settings: the recipe's section less the cache, with the same names.
+
+    Where the rate is to be found by trials, which only the stage holds, a guess stands for it.
+    """
+    values = recipe.distill.model_dump(exclude=CACHE_FIELDS)
+    if values["learning_rate"] == "auto":
+        values["learning_rate"] = FIRST * growth(recipe.distill.steps)
+    return Settings(**values, seed=recipe.seed)
 
 
 def _make(recipe: Recipe, folder: RunFolder, teacher_folder: Path, start: Path, work: Path) -> None:
@@ -86,15 +96,62 @@ def _make(recipe: Recipe, folder: RunFolder, teacher_folder: Path, start: Path, 
     )
     needed = settings.steps * settings.batch
     blocks = recipe_blocks(recipe, "distillation", teacher.tokenizer, needed + HELD_OUT_BLOCKS)
-    judge = TeacherStates(teacher.module, blocks[:HELD_OUT_BLOCKS])
-    targets = _targets(recipe, folder, teacher, blocks[HELD_OUT_BLOCKS:])
+    held_out, used = blocks[:HELD_OUT_BLOCKS], blocks[HELD_OUT_BLOCKS:]
+    judge = TeacherStates(teacher.module, held_out)
+    goal = evaluate(teacher.module, judge, held_out)
+    targets = _targets(recipe, folder, teacher, used)
     del teacher  # online the targets hold it; cached its memory is free from here on
+    pruned = _pruned(folder, judge, held_out, device)
     student = load(start, device=device)
-    history = _train(student, targets, judge, blocks, settings, work / TRAINING)
+    training = work / TRAINING
+    training.mkdir(exist_ok=True)
+    found = None
+    if recipe.distill.learning_rate == "auto" and settings.steps:
+        found = choose_rate(student.module, targets, used, settings, held_out, judge, training)
+        settings = replace(settings, learning_rate=found["learning_rate"])
+    history = _train(student, targets, judge, blocks, settings, training)
+    student = _best(student, history, start, training)
     save(student, work, dtype=dtype)
     # Copied, not moved: a run killed here resumes from the folder as it is.
-    shutil.copyfile(work / TRAINING / HISTORY_FILE, work / HISTORY_FILE)
-    atomic_write_json(work / RESULT_FILE, _result(history, settings, blocks, start.name))
+    shutil.copyfile(training / HISTORY_FILE, work / HISTORY_FILE)
+    result = outcome(
+        history,
+        start=start.name,
+        tokens_per_step=settings.batch * blocks.shape[1],
+        held_out_tokens=held_out.numel(),
+        pruned=pruned,
+        teacher=goal,
+        range_test=found,
+    )
+    atomic_write_json(work / RESULT_FILE, result)
+
+
+def _pruned(
+    folder: RunFolder, judge: Teacher, held_out: torch.Tensor, device: str
+) -> Evaluation | None:
+    """The cut model on the held-out text: where the gap begins."""
+    if folder.stage(PRUNED) is None:
+        return None
+    return evaluate(load(folder.artefact(PRUNED), device=device).module, judge, held_out)
+
+
+def _best(student: Model, history: History, start: Path, training: Path) -> Model:
+    """The best of the states that were evaluated; the start, where no step improved on it."""
+    best, last = best_of(history), history.evaluations[-1]
+    if best is last:
+        return student
+    if best.step == 0:
+        progress.say(
+            f"distill: no step brought the student nearer to its teacher (KL {best.kl:.4f} before, "
+            f"{last.kl:.4f} after); the student is what it started from, {start.name}"
+        )
+        return load(start, device=str(student.device))
+    progress.say(
+        f"distill: the student is that of step {best.step}, KL {best.kl:.4f}; "
+        f"{last.kl:.4f} at the end"
+    )
+    restore_best(training, student.module, best.step)
+    return student
 
 
 def _targets(
@@ -133,7 +190,6 @@ def _train(
     work: Path,
 ) -> History:
     held_out, used = blocks[:HELD_OUT_BLOCKS], blocks[HELD_OUT_BLOCKS:]
-    work.mkdir(exist_ok=True)
     with progress.bar("distill", settings.steps, "steps") as bar:
         return train(
             student.module,
@@ -158,19 +214,3 @@ def _shown(bar: progress.Bar) -> Callable[[Step], None]:
         shown = entry.step + 1
 
     return on_step
-
-
-def _result(
-    history: History, settings: Settings, blocks: torch.Tensor, start: str
-) -> dict[str, Any]:
-    """What distill.json says: held-out measures at both ends, whichever is better."""
-    before, after = history.evaluations[0], history.evaluations[-1]
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "start": start,
-        "steps": settings.steps,
-        "tokens": settings.steps * settings.batch * blocks.shape[1],
-        "held_out_tokens": HELD_OUT_BLOCKS * blocks.shape[1],
-        "before": asdict(before),
-        "after": asdict(after),
-    }

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from minipuzzle import progress
 from minipuzzle.errors import UserError
 
+from .best import drop_beaten, keep_best, out_of_patience
 from .config import Settings
 from .faults import NotFinite, all_finite, is_out_of_memory, release_memory, require_finite
 from .heldout import evaluate
@@ -54,7 +55,8 @@ def train(
         work: where history and checkpoints go, and where an interrupted run is resumed from.
             None keeps everything in memory.
         held_out: (B', T') ids to evaluate on before the first and after the last step, and every
-            `settings.evaluate_every` steps. Needs the teacher as a module, or
+            `settings.evaluate_every` steps; the best state before the last stays in `work`
+            (`restore_best`), the student ends with the last. Needs the teacher as a module, or
         held_out_teacher: the teacher of `held_out`.
         on_step: called after each step that is run (not for those of an earlier, killed run).
         until: stop after so many steps in all, with a checkpoint in `work` from which another call
@@ -87,11 +89,27 @@ def train(
             note = {"training": identity, "threads": threads, "done": step}
             save_training(work, student, optimizer, note)
             saved = step
+            if judge:
+                drop_beaten(work, history)
+
+    def look(step: int) -> bool:
+        """Evaluate; whether to go on."""
+        assert judge
+        found = evaluate(student, *judge, step=step)
+        if not math.isfinite(found.kl):
+            raise NotFinite(
+                f"distillation: the held-out KL after {step} steps is {found.kl}, not finite; "
+                f"lower distill.learning_rate"
+            )
+        history.add(found)
+        if work and step < settings.steps:
+            keep_best(work, student, history)
+        return not out_of_patience(history, settings.patience)
 
     with _threads(threads):
         for step in range(done, last):
-            if judge and (step == 0 or _due(step, settings.evaluate_every)):
-                history.add(evaluate(student, *judge, step=step))
+            if judge and (step == 0 or _due(step, settings.evaluate_every)) and not look(step):
+                break
             try:
                 entry = _fitting_step(student, targets, blocks, optimizer, settings, step, history)
             except NotFinite as error:
@@ -104,8 +122,9 @@ def train(
                 save(step + 1)
             if on_step:
                 on_step(entry)
-        if judge and last == settings.steps:
-            history.add(evaluate(student, *judge, step=last))
+        else:
+            if judge and last == settings.steps:
+                look(last)
     student.requires_grad_(False)
     return history
 

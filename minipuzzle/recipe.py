@@ -152,7 +152,9 @@ class DistillConfig(Section):
 
     steps: int = Field(default=200, ge=0, description="optimiser steps")
     batch: int = Field(default=8, ge=1, description="sequences a step")
-    learning_rate: float = Field(default=5e-4, gt=0, description="peak of the schedule")
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        default=5e-4, description="peak of the schedule; `auto`: found by a few short trainings"
+    )
     schedule: Literal["cosine", "wsd"] = Field(
         default="cosine", description="after the warm-up: a cosine, or stable and then a line down"
     )
@@ -166,6 +168,9 @@ class DistillConfig(Section):
     micro: int = Field(default=0, ge=0, description="sequences in memory at once; 0: the batch")
     checkpoint_every: int = Field(default=20, ge=0, description="steps between resume points")
     evaluate_every: int = Field(default=0, ge=0, description="steps between held-out losses")
+    patience: int = Field(
+        default=0, ge=0, description="end after so many held-out losses without gain; 0: never"
+    )
     teacher: Literal["online", "sampled", "topk"] = Field(
         default="online",
         description="run on every batch, or once into `<run>/teacher-cache`: ids drawn from it, "

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 FOLDER = "tournament"  # of records and, while it is held, of models
 STATES_BYTES = {"cpu": 2**30, "cuda": 8 * 2**30}  # of the teacher's answers, kept for all finalists
-TRAINING_BYTES = 12  # of a parameter in a training's checkpoint: itself and two moments
+CHECKPOINT_BYTES = 12  # of a parameter in a training's checkpoint: itself and two moments
 
 
 def hold_tournament(
@@ -299,7 +299,7 @@ class Tournament:
 
     def _require_disk(self, players: Sequence[Finalist]) -> None:
         """UserError unless all finalists can be stored at the same time, with their trainings."""
-        each = TRAINING_BYTES + self.dtype.itemsize
+        each = 2 * CHECKPOINT_BYTES + self.dtype.itemsize  # the last two are kept
         sizes = [p.trial.costs.parameters for p in players if not p.folder.exists()]
         # one more training: a checkpoint is whole before it replaces the one before it
-        require_disk(self.work, sum(sizes) * each + max(sizes, default=0) * TRAINING_BYTES)
+        require_disk(self.work, sum(sizes) * each + max(sizes, default=0) * CHECKPOINT_BYTES)

@@ -12,7 +12,8 @@ import torch
 from minipuzzle import model
 from minipuzzle.checkpoint import Checkpoint
 from minipuzzle.distill import run, stage
-from minipuzzle.distill.history import HISTORY_FILE, Step, read_history
+from minipuzzle.distill.heldout import evaluate
+from minipuzzle.distill.history import HISTORY_FILE, Evaluation, Step, read_history
 from minipuzzle.errors import UserError
 from minipuzzle.recipe import DistillConfig, Recipe
 from minipuzzle.runfolder import RunFolder
@@ -79,6 +80,46 @@ def test_what_is_recorded(done: tuple[Recipe, RunFolder, Path]) -> None:
     assert (result["before"]["step"], result["after"]["step"]) == (0, 6)
     assert result["before"]["kl"] != result["after"]["kl"]
     assert [step.step for step in read_history(student / HISTORY_FILE).steps] == list(range(6))
+
+
+def test_the_gap_is_recorded(done: tuple[Recipe, RunFolder, Path]) -> None:
+    result = json.loads((done[2] / "distill.json").read_text())
+    assert result["teacher"]["kl"] == 0 and result["teacher"]["agreement"] == 1
+    assert [entry["step"] for entry in result["curve"]] == [0, 6]
+    assert [entry["tokens"] for entry in result["curve"]] == [0, 6 * 2 * 32]
+    pruned = result["pruned"]["kl"]
+    assert pruned != result["before"]["kl"]  # the two starts are different models here
+    for entry in result["curve"]:
+        assert entry["gap_recovered"]["kl"] == pytest.approx(1 - entry["kl"] / pruned)
+    assert result["after"] in ({**result["before"]}, {**result["last"]})
+
+
+def test_a_training_that_only_harms_gives_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, folder = _run(tmp_path, ("repaired",), steps=3)
+
+    def worse(*arguments: Any, step: int = 0) -> Evaluation:
+        found = evaluate(*arguments, step=step)
+        return dataclasses.replace(found, kl=found.kl + 10 * step)
+
+    monkeypatch.setattr("minipuzzle.distill.trainer.evaluate", worse)
+    student = run(recipe, folder)
+    result = json.loads((student / "distill.json").read_text())
+    assert result["last"]["kl"] > result["before"]["kl"]
+    assert result["after"] == result["before"] and result["pruned"] is None
+    assert "no step brought the student nearer" in capsys.readouterr().out
+    start = _tensors(folder.artefact("repaired"))
+    assert _same(_tensors(student), start)
+
+
+def test_auto_writes_what_it_found(tmp_path: Path) -> None:
+    recipe, folder = _run(tmp_path, ("repaired",), learning_rate="auto", steps=3)
+    student = run(recipe, folder)
+    found = json.loads((student / "distill.json").read_text())["range_test"]
+    assert found["steps"] == 3 and found["trials"]
+    rates = read_history(student / HISTORY_FILE).learning_rates
+    assert max(rates) == pytest.approx(found["learning_rate"])
 
 
 def test_a_second_run_does_nothing(
@@ -158,6 +199,7 @@ def test_every_setting_of_the_recipe_reaches_the_trainer(tmp_path: Path) -> None
         "evaluate_every": 7,
         "schedule": "wsd",
         "decay": 0.4,
+        "patience": 3,
     }
     assert set(given) == set(DistillConfig.model_fields) - stage.CACHE_FIELDS
     recipe = Recipe.from_mapping({"model": str(tmp_path), "seed": 11, "distill": given})
