@@ -58,7 +58,7 @@ def gathered(weight: Tensor) -> Tensor:
     """A parameter whole; the gradients that processes find for it are added up and split again."""
     if not isinstance(weight, DTensor):
         return weight
-    return cast(Tensor, weight.full_tensor(grad_placements=[Partial()]))
+    return weight.full_tensor(grad_placements=[Partial()])
 
 
 def own_rows(student: nn.Module, rows: Tensor) -> Tensor:

@@ -48,14 +48,14 @@ class Case:
     tokens: int
 
 
-class Counter(TorchDispatchMode):
+class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of the storages that operators have made and that are still alive, and their peak.
 
     `there` are tensors that exist before and stay: they are not counted.
     """
 
     def __init__(self, there: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in there}
 
@@ -89,8 +89,8 @@ def demo_cases() -> Iterator[Case]:
     teacher, student = load(demo_teacher()), load(demo_teacher())
     for micro, tokens in ((1, 512), (4, 512), (2, 1024)):
         yield Case("demo", student, teacher, micro, tokens)
-    tiny = [random_model("tiny", "cpu", torch.float32, seed=seed) for seed in range(2)]
-    yield Case("tiny", *tiny, 4, 256)
+    first, second = (random_model("tiny", "cpu", torch.float32, seed=seed) for seed in range(2))
+    yield Case("tiny", first, second, 4, 256)
 
 
 def shaped_case(shape: str, share: float, micro: int, tokens: int, device: str) -> Case:
