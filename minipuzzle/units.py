@@ -98,9 +98,7 @@ def parse_latency(text: str) -> Limit:
     return _parse_limit(text, "latency", TIME_UNITS, '"12ms" or "83%"')
 
 
-def _parse_limit(
-    text: str, what: str, units: Mapping[str, int | Fraction], example: str
-) -> Limit:
+def _parse_limit(text: str, what: str, units: Mapping[str, int | Fraction], example: str) -> Limit:
     number, unit = _split(text, what, example)
     if unit == "%" and 0 < number <= 100:
         return Limit(fraction=number / 100)
