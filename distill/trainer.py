@@ -28,7 +28,7 @@ from .heldout import evaluate
 from .history import HISTORY_FILE, Halving, History, Step
 from .loss import forward_kl
 from .resume import load_training, save_training
-from .sharding import gathered, own_rows, summed
+from .sharding import gathered, mesh_of, own_rows, summed
 from .teacher import OnlineTeacher, Targets, Teacher, TeacherStates, final_hidden, head_weight
 
 
@@ -69,9 +69,12 @@ def train(
         UserError: there are no blocks, the loss is no longer finite (`work` then holds the state
             before that step), one block at a time is too much for the memory, the disk is full,
             or no checkpoint in `work` is readable or it is of another training.
-        ValueError: the student's parameters are not fp32 (or fp64).
+        ValueError: the student's parameters are not fp32 (or fp64), or `work` is given for a
+            sharded student.
     """
     _check(student, blocks, settings)
+    if work is not None and mesh_of(student) is not None:
+        raise ValueError("checkpoints of a sharded training are not written; leave out work")
     student.eval().requires_grad_(True)
     targets = OnlineTeacher(teacher, blocks) if isinstance(teacher, nn.Module) else teacher
     judge = _judge(teacher, held_out, held_out_teacher)
